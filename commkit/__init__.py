@@ -1,0 +1,25 @@
+"""commkit: training that is fast where the network is slow."""
+
+from . import checkpoint, schemes
+from .adapters.alarm import RankFailure
+from .adapters.ddp import Handle, attach, ddp_comm_hook, ddp_hook
+from .config import ConfigError
+from .metrics import StepStats
+from .policy import Policy
+from .reducer import Reducer
+from .version import __version__
+
+__all__ = [
+    "ConfigError",
+    "Handle",
+    "Policy",
+    "RankFailure",
+    "Reducer",
+    "StepStats",
+    "__version__",
+    "attach",
+    "checkpoint",
+    "ddp_comm_hook",
+    "ddp_hook",
+    "schemes",
+]

@@ -1,0 +1,1 @@
+"""Attach points in other people's wrappers. Adapters translate; they never compute."""

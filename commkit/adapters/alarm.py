@@ -1,0 +1,71 @@
+"""Makes one rank's failure known to all others within a fraction of a second.
+
+A rank that failed can no longer take part in collectives, and its peers wait in one. The news therefore
+goes through the rendezvous store, which every rank looks at while it is attached.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+_POLL_S = 0.2
+
+
+class RankFailure(RuntimeError):
+    """A reduction failed, here or on another rank; the message says where and why.
+
+    Reductions of this attachment stay out of step from then on: it cannot be used again.
+    """
+
+
+class Alarm:
+    """One flag per process group, raised by any rank, seen by all.
+
+    Args:
+        group: the ranks that belong together.
+        name: tells attachments of one group apart; equal on all its ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, name: str) -> None:
+        # A connection of its own: a call that waits would block those of other threads.
+        self._store = _get_default_store().clone()  # type: ignore[attr-defined]
+        self._key = f"commkit/alarm/{group.group_name}/{name}"
+        self._rank = dist.get_rank(group)
+        self._listener: Callable[[RankFailure], None] | None = None
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="commkit-alarm", daemon=True)
+
+    def listen(self, listener: Callable[[RankFailure], None]) -> None:
+        """Call ``listener`` from a thread of its own, at most once, when another rank raises the alarm."""
+        self._listener = listener
+        self._thread.start()
+
+    def ring(self, message: str) -> None:
+        """Tell everybody. The first message wins; a store that is gone is not an error here."""
+        text = json.dumps({"rank": self._rank, "message": message})
+        try:
+            with self._lock:
+                self._store.compare_set(self._key, "", text)
+        except RuntimeError:
+            return  # the store's host died: its peers see that on their own sockets
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            try:
+                with self._lock:
+                    news = self._store.get(self._key) if self._store.check([self._key]) else b""
+            except RuntimeError:
+                return
+            if not news:
+                continue
+            told = json.loads(news)
+            if told["rank"] != self._rank and self._listener is not None:
+                self._listener(RankFailure(f"rank {told['rank']} failed: {told['message']}"))
+            return

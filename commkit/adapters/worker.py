@@ -1,0 +1,177 @@
+"""Runs reductions one after another, off the training thread.
+
+Ranks match collectives by the order of issue, so all of an attachment run on one thread, in the order in
+which buckets became ready (the same everywhere), over a process group of their own.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .alarm import Alarm, RankFailure
+
+_TICK_S = 0.2
+
+
+class ReductionWorker:
+    """One ordered thread that completes Futures, with a watchdog.
+
+    After the first failure, here or on another rank, everything in flight and everything that follows
+    fails at once: ranks are out of step and nothing they would compute is right.
+
+    Args:
+        alarm: how failures travel between ranks.
+        timeout_s: seconds after which a reduction counts as stuck. DDP itself waits for ever.
+        device: where the gradients live; on CUDA the thread works on a stream of its own.
+    """
+
+    def __init__(self, alarm: Alarm, timeout_s: float, device: torch.device) -> None:
+        self._alarm = alarm
+        self._timeout_s = timeout_s
+        self._device = device
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._pending: dict[int, _Job] = {}
+        self._lock = threading.Lock()
+        self._failure: RankFailure | None = None
+        self._count = 0
+        self._threads = torch.get_num_threads()
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._thread = threading.Thread(target=self._run, name="commkit-reduce", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="commkit-watchdog", daemon=True)
+        self._closed = threading.Event()
+        self._thread.start()
+        self._watchdog.start()
+        alarm.listen(self._fail)
+
+    @property
+    def failure(self) -> RankFailure | None:
+        return self._failure
+
+    def submit(self, reduce: Callable[[], Tensor], like: Tensor) -> torch.futures.Future[Tensor]:
+        """Queue ``reduce``; its result must have the shape and dtype of ``like`` (DDP does not look).
+
+        Returns:
+            A Future that completes with the result, or raises :class:`RankFailure` when it is waited on.
+        """
+        devices: list[int | str | torch.device] | None = (
+            [self._device] if self._stream is not None else None
+        )
+        job = _Job(reduce, torch.futures.Future(devices=devices), like, self._ready_event())
+        with self._lock:
+            self._count += 1
+            job.number = self._count
+            if self._failure is None:
+                self._pending[job.number] = job
+        if self._failure is not None:
+            job.finish(self._failure)
+        else:
+            self._jobs.put(job)
+        # Future.set_exception reaches DDP as a cast error, so exceptions travel as values until here.
+        return job.future.then(_value_or_raise)
+
+    def close(self) -> None:
+        """Finish what is queued, then stop the threads. Returns at once after a failure."""
+        self._jobs.put(None)
+        if self._failure is None:
+            self._thread.join(self._timeout_s)
+        self._closed.set()
+        self._alarm.close()
+
+    def _ready_event(self) -> torch.cuda.Event | None:
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # a new thread starts with the machine's number
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
+            with torch.cuda.stream(self._stream):
+                self._work(self._stream)
+        else:
+            self._work(None)
+
+    def _work(self, stream: "torch.cuda.Stream | None") -> None:
+        while (job := self._jobs.get()) is not None:
+            if self._failure is not None:
+                job.finish(self._failure)
+                continue
+            try:
+                if stream is not None and job.ready is not None:
+                    stream.wait_event(job.ready)
+                    job.like.record_stream(stream)
+                result = job.reduce()
+                _check(result, job.like)
+            except BaseException as error:  # whatever it was, the peers must hear of it
+                failure = RankFailure(f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+                self._alarm.ring(str(failure))
+                self._fail(failure)
+            else:
+                with self._lock:
+                    self._pending.pop(job.number, None)
+                job.finish(result)
+
+    def _fail(self, failure: RankFailure) -> None:
+        with self._lock:
+            if self._failure is None:
+                self._failure = failure
+            pending, self._pending = list(self._pending.values()), {}
+        for job in pending:
+            job.finish(self._failure)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_TICK_S):
+            with self._lock:
+                oldest = next(iter(self._pending.values()), None)
+            if oldest is not None and time.monotonic() - oldest.queued > self._timeout_s:
+                message = f"a reduction took longer than timeout_s={self._timeout_s:g} s"
+                self._alarm.ring(message)
+                self._fail(RankFailure(message))
+
+
+class _Job:
+    """A queued reduction. ``finish`` completes the Future once; later calls do nothing."""
+
+    def __init__(
+        self,
+        reduce: Callable[[], Tensor],
+        future: "torch.futures.Future[Tensor | RankFailure]",
+        like: Tensor,
+        ready: "torch.cuda.Event | None",
+    ) -> None:
+        self.reduce = reduce
+        self.future = future
+        self.like = like
+        self.ready = ready
+        self.number = 0
+        self.queued = time.monotonic()
+        self._lock = threading.Lock()
+
+    def finish(self, value: "Tensor | RankFailure") -> None:
+        with self._lock:
+            if not self.future.done():
+                self.future.set_result(value)
+
+
+def _value_or_raise(future: "torch.futures.Future[Tensor | RankFailure]") -> Tensor:
+    value = future.value()
+    if isinstance(value, RankFailure):
+        raise value
+    return value
+
+
+def _check(result: Tensor, like: Tensor) -> None:
+    if result.shape != like.shape or result.dtype != like.dtype:
+        raise RuntimeError(
+            f"the reducer returned {tuple(result.shape)} {result.dtype} for a bucket of "
+            f"{tuple(like.shape)} {like.dtype}"
+        )

@@ -1,0 +1,12 @@
+"""With whom, and how it is combined: the rounds of communication of one reduction."""
+
+from ..registry import import_all
+from .all_gather import AllGather
+from .all_reduce import AllReduce
+from .noop import Noop
+from .powersgd import PowerSGD
+from .two_shot import TwoShot
+
+import_all(__name__, __path__)
+
+__all__ = ["AllGather", "AllReduce", "Noop", "PowerSGD", "TwoShot"]

@@ -1,0 +1,60 @@
+"""All-gather of payloads: everybody decodes everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..registry import register
+from ..types import Aggregated, Comm, Compressor, TensorCtx
+from .health import health, require_finite
+from .message import decode, encode, flag_of
+from .stateless import Stateless
+
+
+@register("aggregator", "all_gather")
+@dataclass(slots=True)
+class AllGather(Stateless):
+    """Every rank sends one message to all others; payloads are combined in rank order.
+
+    One collective per reduction. Bytes grow with W - 1, so it pays for sparse payloads and few ranks;
+    for dense codes (int8, sign) two_shot is cheaper from three ranks on.
+
+    Args:
+        compressor: one whose payload sizes are known from the shape alone.
+
+    Raises:
+        TypeError: payload sizes depend on the data.
+    """
+
+    compressor: Compressor
+
+    def __post_init__(self) -> None:
+        if not self.compressor.fixed_size:
+            raise TypeError(
+                f"all_gather needs payloads of a fixed size but {type(self.compressor).__name__} has "
+                "fixed_size=False; use a compressor whose payload_bytes depends on the shape alone"
+            )
+
+    def aggregate(
+        self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
+    ) -> list[Aggregated]:
+        payloads = [
+            self.compressor.compress(x, c, comm.rank) for x, c in zip(xs, ctxs, strict=True)
+        ]
+        flag = health([*xs, *(t for payload in payloads for t in payload)])
+        rows = comm.all_gather(encode(payloads, flag))
+        require_finite(torch.stack([flag_of(row, payloads) for row in rows]))
+        gathered = [decode(row, payloads) for row in rows]
+        return [
+            Aggregated(
+                self.compressor.combine([payloads_of[i] for payloads_of in gathered], ctx),
+                partial(self.compressor.decompress, payloads[i], ctx),
+                comm.world_size,
+            )
+            for i, ctx in enumerate(ctxs)
+        ]

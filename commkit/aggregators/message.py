@@ -1,0 +1,45 @@
+"""Many payloads in one byte buffer, so that a reduction costs one collective per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..types import Payload
+
+_ALIGN = 8
+
+
+def encode(payloads: Sequence[Payload], flag: Tensor) -> Tensor:
+    """uint8 buffer: all tensors, widest dtype first so that each is aligned, then one flag byte (1 when
+    ``flag`` is not finite), then zeros up to a multiple of 8."""
+    parts = [payloads[i][j].reshape(-1).view(torch.uint8) for i, j in _widest_first(payloads)]
+    size = sum(part.numel() for part in parts)
+    tail = torch.zeros(1 + -(size + 1) % _ALIGN, dtype=torch.uint8, device=flag.device)
+    tail[:1] = (~flag.isfinite()).to(torch.uint8)
+    return torch.cat([*parts, tail.to(parts[0].device) if parts else tail])
+
+
+def decode(buffer: Tensor, like: Sequence[Payload]) -> list[Payload]:
+    """Views into ``buffer`` with the shapes and dtypes of the payloads ``like``."""
+    decoded: list[list[Tensor]] = [list(payload) for payload in like]
+    offset = 0
+    for i, j in _widest_first(like):
+        t = like[i][j]
+        end = offset + t.numel() * t.element_size()
+        decoded[i][j] = buffer[offset:end].view(t.dtype).view(t.shape)
+        offset = end
+    return [tuple(payload) for payload in decoded]
+
+
+def flag_of(buffer: Tensor, like: Sequence[Payload]) -> Tensor:
+    """0-d float32 of a received message: 0, or NaN when its sender saw inf or NaN."""
+    at = sum(t.numel() * t.element_size() for payload in like for t in payload)
+    return torch.where(buffer[at] > 0, torch.nan, 0.0)
+
+
+def _widest_first(payloads: Sequence[Payload]) -> list[tuple[int, int]]:
+    places = [(i, j) for i, payload in enumerate(payloads) for j in range(len(payload))]
+    return sorted(places, key=lambda at: -payloads[at[0]][at[1]].element_size())

@@ -1,0 +1,14 @@
+"""What is sent: pure maps tensor -> payload -> tensor. One file each; a decorator makes a name of it."""
+
+from ..registry import import_all
+from .block_quantize import BlockQuantize
+from .cast import Cast
+from .none import NoCompression
+from .randomk import RandomK
+from .sign import Sign
+from .ternary import Ternary
+from .topk import TopK
+
+import_all(__name__, __path__)
+
+__all__ = ["BlockQuantize", "Cast", "NoCompression", "RandomK", "Sign", "Ternary", "TopK"]

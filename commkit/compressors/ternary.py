@@ -1,0 +1,54 @@
+"""Stochastic ternary codes, 2 bits per element."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..registry import register
+from ..types import Compressor, Payload, TensorCtx
+
+
+@register("compressor", "ternary")
+@dataclass(frozen=True, slots=True)
+class Ternary(Compressor):
+    """``s * sgn(x) * Bernoulli(|x|/s)`` with ``s = max|x|`` after clipping (Wen et al. 2017, eq. 1 and 10).
+
+    Unbiased up to the clipping, so no feedback is needed.
+
+    Args:
+        clip: values are clamped to this many root mean squares first (the paper's c = 2.5), which keeps
+            one outlier from setting the noise of all; 0 turns clipping off and makes the code unbiased.
+
+    Raises:
+        ValueError: a negative clip.
+    """
+
+    clip: float = 2.5
+
+    def __post_init__(self) -> None:
+        if self.clip < 0:
+            raise ValueError(f"clip={self.clip} must be >= 0; use 2.5, or 0 for no clipping")
+
+    def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
+        flat = x.reshape(-1).to(ctx.work_dtype)
+        if flat.numel() == 0:
+            return ops.pack_ternary(flat.to(torch.int8)), flat.new_zeros(1, dtype=torch.float32)
+        if self.clip > 0:
+            limit = torch.linalg.vector_norm(flat) * (self.clip / flat.numel() ** 0.5)
+            flat = flat.clamp(-limit, limit)
+        low, high = torch.aminmax(flat)
+        size = torch.maximum(high, -low).to(torch.float32)
+        codes = ops.ternarize(flat, size, ctx.shared_seed(salt))
+        return ops.pack_ternary(codes), size.view(1)
+
+    def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
+        packed, size = payload
+        codes = ops.unpack_ternary(packed, ctx.numel, ctx.work_dtype)
+        return codes.mul_(size).view(ctx.shape)
+
+    def payload_bytes(self, ctx: TensorCtx) -> int:
+        return -(-ctx.numel // 4) + 4

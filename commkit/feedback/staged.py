@@ -1,0 +1,54 @@
+"""Tensors by name whose changes wait until the step is known to be good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from ..types import StateDict
+
+
+class StagedTensors:
+    """A dictionary of tensors with one level of undo.
+
+    Between ``stage`` and ``commit`` both the old and the new tensor are alive.
+    """
+
+    def __init__(self) -> None:
+        self._current: dict[str, Tensor] = {}
+        self._staged: dict[str, Tensor | None] = {}
+
+    def get(self, key: str) -> Tensor | None:
+        return self._current.get(key)
+
+    def stage(self, key: str, value: Tensor | None) -> None:
+        """``value`` replaces the tensor at ``commit(True)``; None removes it."""
+        self._staged[key] = value
+
+    def commit(self, ok: bool) -> None:
+        """Make all staged changes, or forget them."""
+        if ok:
+            for key, value in self._staged.items():
+                if value is None:
+                    self._current.pop(key, None)
+                else:
+                    self._current[key] = value
+        self._staged.clear()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._current
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._current.items()
+
+    def values(self) -> Iterator[Tensor]:
+        yield from self._current.values()
+
+    def state_dict(self) -> StateDict:
+        return dict(self._current)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace everything by copies of ``state``'s tensors."""
+        self._staged.clear()
+        self._current = {key: value.detach().clone() for key, value in state.items()}

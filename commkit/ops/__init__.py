@@ -1,0 +1,37 @@
+"""commkit's kernels as torch operators: schema, fake and pure-torch reference in one place.
+
+The reference is registered as the default kernel, so that a compiled kernel for one device takes over by
+registering for the same name and no caller changes. Payload formats are part of the contract and are the
+same for every kernel, bit for bit.
+"""
+
+from .definitions import NAMESPACE, OPS
+from .functions import (
+    dequantize_blocks,
+    pack_signs,
+    pack_ternary,
+    quantize_blocks,
+    sample_threshold,
+    scatter_accumulate_,
+    stratified_indices,
+    ternarize,
+    uniform_noise,
+    unpack_signs,
+    unpack_ternary,
+)
+
+__all__ = [
+    "NAMESPACE",
+    "OPS",
+    "dequantize_blocks",
+    "pack_signs",
+    "pack_ternary",
+    "quantize_blocks",
+    "sample_threshold",
+    "scatter_accumulate_",
+    "stratified_indices",
+    "ternarize",
+    "uniform_noise",
+    "unpack_signs",
+    "unpack_ternary",
+]

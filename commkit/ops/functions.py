@@ -1,0 +1,72 @@
+"""Typed front ends of the ``commkit::`` operators: what the rest of the library calls."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from . import definitions  # noqa: F401  (defines the operators)
+
+_ops = torch.ops.commkit
+
+
+def uniform_noise(numel: int, seed: int, device: torch.device) -> Tensor:
+    """(numel,) float32 uniform in [0, 1), a pure function of (seed, index) on every device."""
+    return cast(Tensor, _ops.uniform_noise(numel, seed, device))
+
+
+def pack_signs(x: Tensor) -> Tensor:
+    """(n,) float -> (ceil(n/8),) uint8; bit k of byte j is ``x[8 j + k] >= 0``."""
+    return cast(Tensor, _ops.pack_signs(x))
+
+
+def unpack_signs(bits: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`pack_signs`: (numel,) of -1 and +1 in ``dtype``."""
+    return cast(Tensor, _ops.unpack_signs(bits, numel, dtype))
+
+
+def ternarize(x: Tensor, scale: Tensor, seed: int) -> Tensor:
+    """(n,) float, 0-d float32 scale -> (n,) int8 in {-1, 0, 1} with ``scale * E[code] = x``."""
+    return cast(Tensor, _ops.ternarize(x, scale, seed))
+
+
+def pack_ternary(codes: Tensor) -> Tensor:
+    """(n,) int8 in {-1, 0, 1} -> (ceil(n/4),) uint8, 2 bits each."""
+    return cast(Tensor, _ops.pack_ternary(codes))
+
+
+def unpack_ternary(packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`pack_ternary`: (numel,) of -1, 0 and +1 in ``dtype``."""
+    return cast(Tensor, _ops.unpack_ternary(packed, numel, dtype))
+
+
+def quantize_blocks(
+    x: Tensor, bits: int, block_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """(n,) float -> codes uint8, (n,) at 8 bits or (ceil(n/2),) at 4, and (ceil(n/block_size),) float32
+    scales. ``seed`` is used by stochastic rounding alone."""
+    return cast(tuple[Tensor, Tensor], _ops.quantize_blocks(x, bits, block_size, stochastic, seed))
+
+
+def dequantize_blocks(
+    codes: Tensor, scales: Tensor, numel: int, bits: int, block_size: int
+) -> Tensor:
+    """Inverse of :func:`quantize_blocks` up to rounding: (numel,) float32."""
+    return cast(Tensor, _ops.dequantize_blocks(codes, scales, numel, bits, block_size))
+
+
+def sample_threshold(x: Tensor, k: int, seed: int) -> Tensor:
+    """0-d float32 estimate of the k-th largest ``|x|`` (DGC, section 3.1)."""
+    return cast(Tensor, _ops.sample_threshold(x, k, seed))
+
+
+def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:
+    """(k,) int64, strictly increasing: one uniform index from each of k strata of [0, numel)."""
+    return cast(Tensor, _ops.stratified_indices(numel, k, seed, device))
+
+
+def scatter_accumulate_(out: Tensor, indices: Tensor, values: Tensor) -> None:
+    """``out[indices] += values`` in place; ``indices`` must not repeat."""
+    _ops.scatter_accumulate_(out, indices, values)

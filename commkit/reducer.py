@@ -1,0 +1,220 @@
+"""The Reducer: policy + feedback + aggregator, in the one legal order.
+
+finite check -> compensate -> aggregate -> update. Users choose the parts, never the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from .aggregators.health import health
+from .aggregators.stateless import Stateless
+from .feedback import NoFeedback
+from .metrics import StepStats
+from .policy import Policy
+from .registry import spec
+from .types import (
+    RANK,
+    Aggregator,
+    Comm,
+    Feedback,
+    NonFiniteError,
+    StateDict,
+    TensorCtx,
+    section,
+)
+
+_STEP = "shared/step"
+_AGGREGATOR = "aggregator"
+
+
+class Reducer:
+    """Reduces named gradients to their mean over a group, through a compression scheme.
+
+    One step is any number of :meth:`reduce` calls (DDP's buckets), each parameter at most once, and then
+    :meth:`end_step`. If any rank holds an inf or NaN, every rank sends that reduction densely, so that a
+    gradient scaler still sees it, and the whole step leaves residuals, Q and server state untouched.
+
+    Args:
+        aggregator: how payloads travel and are combined.
+        feedback: what becomes of the part left unsent.
+        policy: which tensors are compressed, and from which step on.
+        seed: base of shared randomness; equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        aggregator: Aggregator,
+        feedback: Feedback | None = None,
+        policy: Policy | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.aggregator = aggregator
+        self.feedback: Feedback = NoFeedback() if feedback is None else feedback
+        self.policy = Policy() if policy is None else policy
+        self.seed = seed
+        self.step = 0
+        self._reduced: set[str] = set()
+        self._ok = True
+        self._dense_bytes = 0
+        self._contributors: int | None = None
+
+    def spec(self) -> dict[str, Any]:
+        """The configuration as plain data; ranks compare it at attach."""
+        parts = {"aggregator": self.aggregator, "feedback": self.feedback, "policy": self.policy}
+        return {**{name: spec(part) for name, part in parts.items()}, "seed": self.seed}
+
+    def reduce(
+        self, named: Mapping[str, Tensor], comm: Comm, hold: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """The mean of each tensor over ``comm``, in its shape and dtype.
+
+        Args:
+            named: gradients by parameter name; the same names, shapes and dtypes on every rank, in the
+                same order. They may be overwritten, and results may be views of them.
+            comm: the group.
+            hold: names whose gradient on this rank is zero because the parameter was not used. They
+                contribute zeros and their residual waits, since DDP may throw the result away.
+
+        Raises:
+            RuntimeError: a name is reduced twice in a step.
+        """
+        again = self._reduced.intersection(named)
+        if again:
+            raise RuntimeError(
+                f"{min(again)!r} is reduced twice in step {self.step}; call end_step() after each step"
+            )
+        self._reduced.update(named)
+        self._dense_bytes += sum(x.numel() * x.element_size() for x in named.values())
+
+        ctxs = {key: self._ctx(key, x) for key, x in named.items()}
+        compressed = [key for key in named if self.policy.compresses(ctxs[key])]
+        dense = [key for key in named if key not in set(compressed)]
+        with record_function("commkit::reduce"):
+            try:
+                results = self._reduce_compressed(compressed, named, ctxs, comm, hold)
+            except NonFiniteError:
+                self._ok = False
+                dense, results = list(named), {}
+            if self._ok:
+                self._flush(dense, named)
+            results.update(_all_reduce_dense({key: named[key] for key in dense}, comm))
+            if self._ok and self._stateful:
+                self._ok = bool(health(results[key] for key in dense).isfinite())
+        if dense:
+            self._contributed(comm.world_size)
+        return results
+
+    def end_step(self) -> StepStats:
+        """Close the step: make its state changes real, or drop them if it was not finite.
+
+        Returns:
+            The step's statistics, as far as the reducer knows them.
+        """
+        self.feedback.commit(self._ok)
+        self.aggregator.commit(self._ok)
+        stats = StepStats(
+            step=self.step,
+            dense_bytes=self._dense_bytes,
+            num_contributors=self._contributors or 0,
+            nonfinite=not self._ok,
+        )
+        self.step += 1
+        self._reduced.clear()
+        self._ok, self._dense_bytes, self._contributors = True, 0, None
+        return stats
+
+    def state_dict(self) -> StateDict:
+        """Plain tensors by key. The first part of a key says how states merge when the world size
+        changes (``commkit.types``): ``rank/NAME`` is a residual, ``aggregator/...`` the aggregator's."""
+        state = {f"{RANK}/{key}": value for key, value in self.feedback.state_dict().items()}
+        for key, value in self.aggregator.state_dict().items():
+            state[f"{_AGGREGATOR}/{key}"] = value
+        state[_STEP] = torch.tensor(self.step)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace all state by ``state``, as saved by :meth:`state_dict` on this rank."""
+        self.feedback.load_state_dict(section(state, RANK))
+        self.aggregator.load_state_dict(section(state, _AGGREGATOR))
+        self.step = int(state[_STEP])
+        self._reduced.clear()
+
+    def _ctx(self, key: str, x: Tensor) -> TensorCtx:
+        return TensorCtx(key, x.shape, x.dtype, x.device, self.step, self.seed)
+
+    def _reduce_compressed(
+        self,
+        keys: Collection[str],
+        named: Mapping[str, Tensor],
+        ctxs: Mapping[str, TensorCtx],
+        comm: Comm,
+        hold: Collection[str],
+    ) -> dict[str, Tensor]:
+        if not keys:
+            return {}
+        deltas = [
+            named[key].to(ctxs[key].work_dtype, copy=True)
+            if key in hold
+            else self.feedback.compensate(named[key], key)
+            for key in keys
+        ]
+        outcomes = self.aggregator.aggregate(deltas, [ctxs[key] for key in keys], comm)
+        results = {}
+        for key, delta, outcome in zip(keys, deltas, outcomes, strict=True):
+            results[key] = outcome.mean.to(named[key].dtype)
+            self._contributed(outcome.num_contributors)
+            if key not in hold and not isinstance(self.feedback, NoFeedback):
+                self.feedback.update(delta, outcome.sent, key)
+        return results
+
+    @property
+    def _stateful(self) -> bool:
+        return not (
+            isinstance(self.feedback, NoFeedback) and isinstance(self.aggregator, Stateless)
+        )
+
+    def _flush(self, keys: Collection[str], named: Mapping[str, Tensor]) -> None:
+        """Tensors that are no longer compressed take their residual with them."""
+        for key in filter(self.feedback.holds, keys):
+            whole = self.feedback.compensate(named[key], key)
+            named[key].copy_(whole)
+            self.feedback.update(whole, whole, key)
+
+    def _contributed(self, ranks: int) -> None:
+        self._contributors = ranks if self._contributors is None else min(self._contributors, ranks)
+
+
+def _all_reduce_dense(named: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:
+    """Plain mean, one all-reduce per dtype and device; in place where tensors lie back to back."""
+    results: dict[str, Tensor] = {}
+    filled = {key: x for key, x in named.items() if x.numel()}
+    for kind in dict.fromkeys((x.dtype, x.device) for x in filled.values()):
+        same = {key: x for key, x in filled.items() if (x.dtype, x.device) == kind}
+        flat = _coalesce(list(same.values()))
+        # Divide first, as DDP does: a half-precision sum would overflow where the mean does not.
+        comm.all_reduce(flat.div_(comm.world_size))
+        parts = flat.split_with_sizes([x.numel() for x in same.values()])
+        for (key, x), part in zip(same.items(), parts, strict=True):
+            results[key] = part.view(x.shape)
+    return {key: results.get(key, x) for key, x in named.items()}
+
+
+def _coalesce(xs: list[Tensor]) -> Tensor:
+    """One flat tensor of all: a view if they are contiguous neighbours in one storage, else a copy."""
+    first = xs[0]
+    offset = first.storage_offset()
+    for x in xs:
+        if (
+            not x.is_contiguous()
+            or x.storage_offset() != offset
+            or (x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr())
+        ):
+            return torch.cat([x.reshape(-1) for x in xs])
+        offset += x.numel()
+    return first.as_strided((offset - first.storage_offset(),), (1,))

@@ -1,0 +1,139 @@
+"""Ranks as threads of one process: an exact, ordered :class:`~commkit.types.Comm` for tests and studies.
+
+Sums are taken in rank order, so that every rank gets the same bits. Bytes are counted as on a real
+network.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..comm import all_reduce_wire_bytes, nbytes
+from ..types import ByteCounter, ReduceOp
+
+T = TypeVar("T")
+
+
+class _Group:
+    def __init__(self, world_size: int, timeout_s: float) -> None:
+        self.world_size = world_size
+        self.barrier = threading.Barrier(world_size, timeout=timeout_s)
+        self.slots: list[Any] = [None] * world_size
+
+
+class ThreadComm:
+    """One rank's end of a group of threads, made by :func:`run_threads`."""
+
+    def __init__(self, group: _Group, rank: int) -> None:
+        self._group = group
+        self._rank = rank
+        self._bytes = ByteCounter()
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self._group.world_size
+
+    @property
+    def bytes(self) -> ByteCounter:
+        return self._bytes
+
+    def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
+        gathered = self._exchange(("all_reduce", x.shape, x.dtype, op), x.clone())
+        total = gathered[0].clone()
+        for other in gathered[1:]:
+            if op == "sum":
+                total += other
+            else:
+                total = torch.maximum(total, other) if op == "max" else torch.minimum(total, other)
+        self._count("all_reduce", nbytes(x), all_reduce_wire_bytes(nbytes(x), self.world_size))
+        return x.copy_(total)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        gathered = self._exchange(("all_gather", x.shape, x.dtype), x.clone())
+        self._count("all_gather", nbytes(x), (self.world_size - 1) * nbytes(x))
+        return torch.stack(gathered)
+
+    def all_to_all(
+        self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
+    ) -> list[Tensor]:
+        gathered = self._exchange(
+            ("all_to_all", x.dtype), x.clone().split_with_sizes([*send_sizes])
+        )
+        received = [parts[self._rank] for parts in gathered]
+        if [part.numel() for part in received] != list(recv_sizes):
+            raise ValueError(
+                f"all_to_all: rank {self._rank} expects {list(recv_sizes)} elements but is sent "
+                f"{[part.numel() for part in received]}"
+            )
+        own = send_sizes[self._rank] * x.element_size()
+        self._count("all_to_all", nbytes(x), nbytes(x) - own)
+        return [part.clone() for part in received]
+
+    def broadcast(self, x: Tensor, src: int) -> Tensor:
+        gathered = self._exchange(("broadcast", x.shape, x.dtype, src), x.clone())
+        wire = (self.world_size - 1) * nbytes(x) // self.world_size
+        self._count("broadcast", nbytes(x), wire)
+        return x.copy_(gathered[src])
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        return list(self._exchange(("all_gather_object",), obj))
+
+    def barrier(self) -> None:
+        self._exchange(("barrier",), None)
+
+    def _exchange(self, call: tuple[Any, ...], value: Any) -> list[Any]:
+        """Everybody's value. Ranks that make different calls are told, where a real group would hang."""
+        group = self._group
+        group.slots[self._rank] = (call, value)
+        group.barrier.wait()
+        slots = list(group.slots)
+        group.barrier.wait()  # nobody may overwrite a slot that is still being read
+        for rank, (other, _) in enumerate(slots):
+            if other != call:
+                raise RuntimeError(
+                    f"rank {self._rank} calls {call} while rank {rank} calls {other}"
+                )
+        return [value for _, value in slots]
+
+    def _count(self, op: str, payload_bytes: int, wire_bytes: int) -> None:
+        if self.world_size > 1:
+            self._bytes.add(op, payload_bytes, wire_bytes, 0.0)
+
+
+def run_threads(
+    function: Callable[[ThreadComm], T], world_size: int, timeout_s: float = 60.0
+) -> list[T]:
+    """Run ``function(comm)`` on ``world_size`` threads; their results in rank order.
+
+    Raises:
+        Exception: the first exception of any rank. The others are released from their barrier.
+    """
+    group = _Group(world_size, timeout_s)
+    results: list[Any] = [None] * world_size
+    errors: list[BaseException] = []
+
+    def body(rank: int) -> None:
+        try:
+            results[rank] = function(ThreadComm(group, rank))
+        except BaseException as error:
+            errors.append(error)
+            group.barrier.abort()
+
+    threads = [threading.Thread(target=body, args=(r,), daemon=True) for r in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    real = [e for e in errors if not isinstance(e, threading.BrokenBarrierError)]
+    if errors:
+        raise (real or errors)[0]
+    return results

@@ -1,0 +1,253 @@
+"""The concepts every layer shares: what a payload, a compressor, a feedback and an aggregator are.
+
+This module imports nothing of commkit's own. Bodies live in the packages named after the concepts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Payload: TypeAlias = tuple[Tensor, ...]
+"""Everything of one tensor that crosses the wire, and nothing else does."""
+
+Wire: TypeAlias = Literal["summable", "gatherable"]
+ReduceOp: TypeAlias = Literal["sum", "max", "min"]
+StateDict: TypeAlias = dict[str, Tensor]
+
+RANK, SHARED, SHARD, WHOLE = "rank", "shared", "shard", "whole"
+"""Part of a state key that says how states of several ranks merge when the world size changes: ``rank/NAME``
+is averaged; ``shared/NAME`` and ``whole/NAME`` are equal everywhere; ``shard/NAME@START`` is put together
+from its owners into ``whole/NAME``, from which new owners take their share."""
+
+
+def section(state: Mapping[str, Tensor], name: str) -> StateDict:
+    """The entries below ``name/``, without it."""
+    prefix = f"{name}/"
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+class NonFiniteError(ArithmeticError):
+    """Some rank held an inf or NaN. Aggregators raise it on every rank of the group together and before
+    they change any state; the Reducer answers with a dense all-reduce."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCtx:
+    """What is known of one tensor in one reduction. Identical on every rank by construction.
+
+    Args:
+        key: the parameter's fully qualified name.
+        shape: shape of the tensor.
+        dtype: its dtype on the user's side (arithmetic is done in :attr:`work_dtype`).
+        device: its device.
+        step: how many reductions this parameter has behind it.
+        seed: base of all shared randomness.
+    """
+
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    step: int
+    seed: int
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """float32, or float64 for float64 gradients."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def shared_seed(self, salt: int = 0) -> int:
+        """31-bit seed made of (seed, step, key, salt). Without a salt it is equal on every rank."""
+        return zlib.crc32(f"{self.seed}/{self.step}/{self.key}/{salt}".encode()) & 0x7FFFFFFF
+
+    def piece(self, start: int, numel: int) -> TensorCtx:
+        """Context of ``numel`` consecutive elements of the flattened tensor, beginning at ``start``."""
+        return dataclasses.replace(self, key=f"{self.key}@{start}", shape=torch.Size([numel]))
+
+
+class Compressor(ABC):
+    """A pure map tensor -> payload -> tensor: no state, no communication, a frozen dataclass that is its
+    own configuration.
+
+    ``wire`` is "summable" when the element-wise sum of payloads is the payload of the sum (all-reduce can
+    carry it), else "gatherable". ``fixed_size`` says that payload sizes depend on the context alone.
+    """
+
+    wire: ClassVar[Wire] = "gatherable"
+    fixed_size: ClassVar[bool] = True
+
+    @abstractmethod
+    def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
+        """Encode ``x`` (any float dtype, shape ``ctx.shape``).
+
+        ``salt`` is the only rank-local input: aggregators pass their rank, and only stochastic rounding
+        may use it, so that ranks round independently. ``decompress`` never sees it. A non-finite ``x``
+        must not raise (its aggregator reports it).
+        """
+
+    @abstractmethod
+    def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
+        """Decode to a fresh tensor of ``ctx.shape`` and ``ctx.work_dtype``."""
+
+    @abstractmethod
+    def payload_bytes(self, ctx: TensorCtx) -> int:
+        """Bytes of the payload of one tensor, as declared; a test holds it to the truth."""
+
+    def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
+        """The mean of what the ranks sent, added up in rank order so that every rank gets the same bits."""
+        total = self.decompress(payloads[0], ctx)
+        for payload in payloads[1:]:
+            total.add_(self.decompress(payload, ctx))
+        return total.div_(len(payloads))
+
+
+@runtime_checkable
+class Feedback(Protocol):
+    """The only home of residuals. ``update`` stages; ``commit`` makes the step's changes real, or drops
+    all of them, so that a skipped step leaves no trace."""
+
+    def holds(self, key: str) -> bool:
+        """Whether anything of ``key`` is left unsent."""
+
+    def compensate(self, x: Tensor, key: str) -> Tensor:
+        """``x`` plus what was left unsent. The result is the feedback's to reuse in ``update``."""
+
+    def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
+        """Stage what is left unsent now."""
+
+    def commit(self, ok: bool) -> None: ...
+
+    def norm(self) -> float:
+        """2-norm of everything left unsent on this rank."""
+
+    def state_dict(self) -> StateDict: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Aggregated:
+    """Outcome for one tensor, in the context's work dtype.
+
+    Args:
+        mean: the agreed mean; the same bits on every rank of the group. Already divided.
+        sent: what this rank really contributed, after loss; zeros if it was dropped; the very input if
+            nothing was lost. A function is called when somebody asks: without feedback nobody does.
+        num_contributors: how many ranks are in ``mean``.
+    """
+
+    __slots__ = ("_sent", "mean", "num_contributors")
+
+    def __init__(
+        self, mean: Tensor, sent: Tensor | Callable[[], Tensor], num_contributors: int
+    ) -> None:
+        self.mean = mean
+        self.num_contributors = num_contributors
+        self._sent = sent
+
+    @property
+    def sent(self) -> Tensor:
+        if not isinstance(self._sent, Tensor):
+            self._sent = self._sent()
+        return self._sent
+
+
+@runtime_checkable
+class Aggregator(Protocol):
+    """Owns the rounds of communication of one reduction, as straight-line code. May hold state, staged
+    like that of a :class:`Feedback`."""
+
+    def aggregate(
+        self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
+    ) -> list[Aggregated]:
+        """Combine ``xs`` over ``comm``. It must not modify ``xs``.
+
+        Raises:
+            NonFiniteError: on every rank together, if any rank's ``xs`` held inf or NaN.
+        """
+
+    def commit(self, ok: bool) -> None: ...
+
+    def state_dict(self) -> StateDict: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(slots=True)
+class ByteCounter:
+    """What a :class:`Comm` has sent since it was made.
+
+    Args:
+        payload_bytes: bytes of the tensors handed to collectives by this rank.
+        wire_bytes: bytes this rank sends with the collective's factor, e.g. 2(W-1)/W for an all-reduce.
+        rounds: number of collectives.
+        seconds: wall time inside them.
+    """
+
+    payload_bytes: int = 0
+    wire_bytes: int = 0
+    rounds: int = 0
+    seconds: float = 0.0
+    by_op: dict[str, int] = field(default_factory=dict)
+
+    def add(self, op: str, payload_bytes: int, wire_bytes: int, seconds: float) -> None:
+        self.payload_bytes += payload_bytes
+        self.wire_bytes += wire_bytes
+        self.rounds += 1
+        self.seconds += seconds
+        self.by_op[op] = self.by_op.get(op, 0) + wire_bytes
+
+
+class Comm(Protocol):
+    """Collectives over one group of ranks; the only way of commkit's schemes to other ranks.
+
+    Every method is a collective: all ranks of the group call it in the same order.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def bytes(self) -> ByteCounter: ...
+
+    def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
+        """Reduce contiguous ``x`` in place and return it."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """``x`` of shape (n,), the same n everywhere -> (world_size, n), row i from rank i."""
+
+    def all_to_all(
+        self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
+    ) -> list[Tensor]:
+        """``x`` is 1-D: consecutive parts of ``send_sizes`` elements for ranks 0, 1, ... -> the parts
+        received from ranks 0, 1, ..., of ``recv_sizes`` elements."""
+
+    def broadcast(self, x: Tensor, src: int) -> Tensor:
+        """Copy rank ``src``'s contiguous ``x`` into everybody's, in place."""
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Small picklable objects of all ranks, in rank order. For set-up, not for the hot path."""
+
+    def barrier(self) -> None: ...
+
+
+class Stateful(Protocol):
+    """Anything with the two methods of ``torch.distributed.checkpoint``'s protocol of this name."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...

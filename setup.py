@@ -1,0 +1,5 @@
+"""Builds commkit. Everything declarative is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
