@@ -5,7 +5,6 @@ This module imports nothing of commkit's own. Bodies live in the packages named 
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -71,10 +70,6 @@ class TensorCtx:
     def shared_seed(self, salt: int = 0) -> int:
         """31-bit seed made of (seed, step, key, salt). Without a salt it is equal on every rank."""
         return zlib.crc32(f"{self.seed}/{self.step}/{self.key}/{salt}".encode()) & 0x7FFFFFFF
-
-    def piece(self, start: int, numel: int) -> TensorCtx:
-        """Context of ``numel`` consecutive elements of the flattened tensor, beginning at ``start``."""
-        return dataclasses.replace(self, key=f"{self.key}@{start}", shape=torch.Size([numel]))
 
 
 class Compressor(ABC):

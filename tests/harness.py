@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime
 import multiprocessing as mp
 import os
+import pickle
+import queue
 import tempfile
 import time
 import traceback
@@ -40,9 +42,10 @@ def _body(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=60),
         )
-        results.put((rank, True, function(rank, world_size, *args)))
+        outcome = (rank, True, function(rank, world_size, *args))
     except BaseException:
-        results.put((rank, False, traceback.format_exc()))
+        outcome = (rank, False, traceback.format_exc())
+    results.put(pickle.dumps(outcome))  # by value: torch would share memory of a process that ends
     results.close()
     results.join_thread()
     os._exit(0)  # a rank whose peers failed may have a thread that waits for them
@@ -55,7 +58,9 @@ def run_ranks(
 
     ``function`` must be importable (module level) and its results picklable.
     """
-    context = mp.get_context("spawn")
+    # A server that has imported torch forks each rank: tenths of a second in place of several.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "commkit"])
     results = context.Queue()
     with tempfile.TemporaryDirectory() as directory:
         init_file = os.path.join(directory, "rendezvous")
@@ -78,8 +83,8 @@ def run_ranks(
                     missing = sorted(set(range(world_size)) - set(collected))
                     raise TimeoutError(f"ranks {missing} did not finish; others: {collected}")
                 try:
-                    rank, ok, value = results.get(timeout=min(remaining, 1.0))
-                except Exception:
+                    rank, ok, value = pickle.loads(results.get(timeout=min(remaining, 1.0)))
+                except queue.Empty:
                     dead = [
                         p
                         for i, p in enumerate(processes)

@@ -25,7 +25,7 @@ from ..types import (
 )
 from .health import health, require_finite
 from .message import decode, encode, flag_of
-from .sharding import Shard, shards_of
+from .sharding import Shard, shard_key, shards_of, spans_of
 
 
 @register("aggregator", "two_shot")
@@ -53,9 +53,8 @@ class TwoShot:
     compressor: Compressor
     server_feedback: Feedback = field(default_factory=NoFeedback)
     granule: int = 4096
-    # Server residuals of a run with another number of ranks, flattened, until the new owners took theirs.
+    # Flattened server residuals of a run with another number of ranks, until they are dealt out.
     _whole: StateDict = field(default_factory=dict, init=False, repr=False)
-    _taken: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.compressor.fixed_size:
@@ -69,6 +68,7 @@ class TwoShot:
     def aggregate(
         self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
     ) -> list[Aggregated]:
+        self._deal_whole(comm)
         flats = [x.reshape(-1) for x in xs]
         shards = [
             s
@@ -90,10 +90,7 @@ class TwoShot:
         like = [payloads[s] for s in mine]
         received = comm.all_to_all(torch.cat(messages), sizes, [sizes[comm.rank]] * comm.world_size)
         require_finite(torch.stack([flag_of(message, like) for message in received]))
-        self._taken.update(ctx.key for ctx in ctxs)
-        combined = self._serve(
-            mine, ctxs, [decode(message, like) for message in received], comm.rank
-        )
+        combined = self._serve(mine, [decode(message, like) for message in received], comm.rank)
 
         answer = encode(combined, health(t for payload in combined for t in payload))
         answers = comm.all_to_all(
@@ -119,7 +116,6 @@ class TwoShot:
     def _serve(
         self,
         mine: Sequence[Shard],
-        ctxs: Sequence[TensorCtx],
         received: Sequence[Sequence[Payload]],
         rank: int,
     ) -> list[Payload]:
@@ -127,16 +123,29 @@ class TwoShot:
         combined = []
         for number, shard in enumerate(mine):
             mean = self.compressor.combine([payloads[number] for payloads in received], shard.ctx)
-            whole = self._whole.get(ctxs[shard.index].key)
-            if whole is not None:
-                mean += whole[shard.start : shard.end]
-            mean = self.server_feedback.compensate(mean, shard.ctx.key)
+            # Nobody sent anything: nobody may use the answer either, so the residual waits.
+            idle = not bool(mean.any())
+            if not idle:
+                mean = self.server_feedback.compensate(mean, shard.ctx.key)
             # ~rank: rounding must be independent of the first stage's.
             payload = self.compressor.compress(mean, shard.ctx, ~rank)
-            sent = self.compressor.decompress(payload, shard.ctx)
-            self.server_feedback.update(mean, sent, shard.ctx.key)
+            if not idle:
+                sent = self.compressor.decompress(payload, shard.ctx)
+                self.server_feedback.update(mean, sent, shard.ctx.key)
             combined.append(payload)
         return combined
+
+    def _deal_whole(self, comm: Comm) -> None:
+        """Take this rank's shards of a state that was put together from other owners."""
+        if not self._whole:
+            return
+        state = self.server_feedback.state_dict()
+        for key, whole in self._whole.items():
+            for start, numel, owner in spans_of(key, whole.numel(), comm.world_size, self.granule):
+                if owner == comm.rank:
+                    state[shard_key(key, start)] = whole[start : start + numel]
+        self.server_feedback.load_state_dict(state)
+        self._whole = {}
 
     def _decode(
         self, payloads: Mapping[Shard, Payload], shards: Sequence[Shard], ctx: TensorCtx
@@ -146,10 +155,6 @@ class TwoShot:
 
     def commit(self, ok: bool) -> None:
         self.server_feedback.commit(ok)
-        if ok:
-            for key in self._taken:
-                self._whole.pop(key, None)
-        self._taken.clear()
 
     def state_dict(self) -> StateDict:
         shards = self.server_feedback.state_dict()
