@@ -8,6 +8,7 @@ which conserves what was left unsent in the mean; servers' residuals are put tog
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -164,7 +165,9 @@ def _read(directory: Path, metadata: Metadata, prefix: str, name: str | None = N
         if key.startswith(prefix) and wanted and isinstance(entry, TensorStorageMetadata):
             state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     if state:
-        dcp_load(state, checkpoint_id=directory, no_dist=True)
+        with warnings.catch_warnings():  # it says that it is not distributed, as asked
+            warnings.filterwarnings("ignore", message=".*intent is to load in a single process")
+            dcp_load(state, checkpoint_id=directory, no_dist=True)
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 

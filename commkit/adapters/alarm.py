@@ -7,6 +7,7 @@ goes through the rendezvous store, which every rank looks at while it is attache
 import json
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -44,14 +45,16 @@ class Alarm:
         self._listener = listener
         self._thread.start()
 
-    def ring(self, message: str) -> None:
-        """Tell everybody. The first message wins; a store that is gone is not an error here."""
-        text = json.dumps({"rank": self._rank, "message": message})
+    def ring(self, failure: RankFailure) -> RankFailure:
+        """Tell everybody, and return what everybody is told: the first failure of any rank. A connection
+        that a failed peer closed is thus reported as what happened to that peer."""
+        text = json.dumps({"rank": self._rank, "message": str(failure)})
         try:
             with self._lock:
-                self._store.compare_set(self._key, "", text)
+                told = json.loads(self._store.compare_set(self._key, "", text))
         except RuntimeError:
-            return  # the store's host died: its peers see that on their own sockets
+            return failure  # the store's host is gone; its peers see that on their own sockets
+        return failure if told["rank"] == self._rank else _failure_of(told)
 
     def close(self) -> None:
         self._stop.set()
@@ -67,5 +70,9 @@ class Alarm:
                 continue
             told = json.loads(news)
             if told["rank"] != self._rank and self._listener is not None:
-                self._listener(RankFailure(f"rank {told['rank']} failed: {told['message']}"))
+                self._listener(_failure_of(told))
             return
+
+
+def _failure_of(told: dict[str, Any]) -> RankFailure:
+    return RankFailure(f"rank {told['rank']} failed: {told['message']}")

@@ -113,8 +113,7 @@ class ReductionWorker:
             except BaseException as error:  # whatever it was, the peers must hear of it
                 failure = RankFailure(f"{type(error).__name__}: {error}")
                 failure.__cause__ = error
-                self._alarm.ring(str(failure))
-                self._fail(failure)
+                self._fail(self._alarm.ring(failure))
             else:
                 with self._lock:
                     self._pending.pop(job.number, None)
@@ -133,9 +132,8 @@ class ReductionWorker:
             with self._lock:
                 oldest = next(iter(self._pending.values()), None)
             if oldest is not None and time.monotonic() - oldest.queued > self._timeout_s:
-                message = f"a reduction took longer than timeout_s={self._timeout_s:g} s"
-                self._alarm.ring(message)
-                self._fail(RankFailure(message))
+                late = RankFailure(f"a reduction took longer than timeout_s={self._timeout_s:g} s")
+                self._fail(self._alarm.ring(late))
 
 
 class _Job:

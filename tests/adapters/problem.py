@@ -31,7 +31,8 @@ def batch(step: int, rank: int, rows: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(net: nn.Module, step: int, rank: int) -> Tensor:
-    x, y = batch(step, rank)
+    dtype = next(net.parameters()).dtype
+    x, y = (t.to(dtype) for t in batch(step, rank))
     return nn.functional.mse_loss(net(x), y)
 
 
