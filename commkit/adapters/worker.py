@@ -4,6 +4,7 @@ Ranks match collectives by the order of issue, so all of an attachment run on on
 which buckets became ready (the same everywhere), over a process group of their own.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -15,6 +16,7 @@ from torch import Tensor
 from .alarm import Alarm, RankFailure
 
 _TICK_S = 0.2
+_log = logging.getLogger(__name__)
 
 
 class ReductionWorker:
@@ -111,8 +113,8 @@ class ReductionWorker:
                 result = job.reduce()
                 _check(result, job.like)
             except BaseException as error:  # whatever it was, the peers must hear of it
+                _log.error("a reduction failed on this rank", exc_info=error)
                 failure = RankFailure(f"{type(error).__name__}: {error}")
-                failure.__cause__ = error
                 self._fail(self._alarm.ring(failure))
             else:
                 with self._lock:
