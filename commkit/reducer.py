@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .aggregators.health import health
+from .aggregators.health import are_finite
 from .aggregators.stateless import Stateless
 from .feedback import NoFeedback
 from .metrics import StepStats
@@ -94,7 +94,7 @@ class Reducer:
 
         ctxs = {key: self._ctx(key, x) for key, x in named.items()}
         compressed = [key for key in named if self.policy.compresses(ctxs[key])]
-        dense = [key for key in named if key not in set(compressed)]
+        dense = [key for key in named if not self.policy.compresses(ctxs[key])]
         with record_function("commkit::reduce"):
             try:
                 results = self._reduce_compressed(compressed, named, ctxs, comm, hold)
@@ -105,7 +105,7 @@ class Reducer:
                 self._flush(dense, named)
             results.update(_all_reduce_dense({key: named[key] for key in dense}, comm))
             if self._ok and self._stateful:
-                self._ok = bool(health(results[key] for key in dense).isfinite())
+                self._ok = are_finite(results[key] for key in dense)
         if dense:
             self._contributed(comm.world_size)
         return results

@@ -101,11 +101,12 @@ class Compressor(ABC):
         """Bytes of the payload of one tensor, as declared; a test holds it to the truth."""
 
     def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
-        """The mean of what the ranks sent, added up in rank order so that every rank gets the same bits."""
-        total = self.decompress(payloads[0], ctx)
+        """The mean of what the ranks sent, added up in rank order so that every rank gets the same bits.
+        Each share is divided first, as in an all-reduce: the sum may not exist where the mean does."""
+        total = self.decompress(payloads[0], ctx).div_(len(payloads))
         for payload in payloads[1:]:
-            total.add_(self.decompress(payload, ctx))
-        return total.div_(len(payloads))
+            total.add_(self.decompress(payload, ctx).div_(len(payloads)))
+        return total
 
 
 @runtime_checkable

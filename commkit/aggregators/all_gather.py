@@ -46,9 +46,9 @@ class AllGather(Stateless):
         payloads = [
             self.compressor.compress(x, c, comm.rank) for x, c in zip(xs, ctxs, strict=True)
         ]
-        flag = health([*xs, *(t for payload in payloads for t in payload)])
+        flag = health([*xs, *(t for payload in payloads for t in payload)], ctxs[0].device)
         rows = comm.all_gather(encode(payloads, flag))
-        require_finite(torch.stack([flag_of(row, payloads) for row in rows]))
+        require_finite([torch.stack([flag_of(row, payloads) for row in rows])])
         gathered = [decode(row, payloads) for row in rows]
         return [
             Aggregated(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..types import Aggregated, Comm, Compressor, Payload, TensorCtx
-from .health import health, require_finite_all
+from .health import health, require_finite
 from .stateless import Stateless
 
 
@@ -43,10 +43,9 @@ class AllReduce(Stateless):
         payloads = [
             self.compressor.compress(x, c, comm.rank) for x, c in zip(xs, ctxs, strict=True)
         ]
-        flag = health(xs)
-        reduced = _all_reduce_mean(payloads, flag, comm)
+        reduced = _all_reduce_mean(payloads, health(xs, ctxs[0].device), comm)
         means = [self.compressor.decompress(p, c) for p, c in zip(reduced, ctxs, strict=True)]
-        require_finite_all(means)
+        require_finite(means)
         return [
             Aggregated(mean, self._sent(x, ctx, comm), comm.world_size)
             for mean, x, ctx in zip(means, xs, ctxs, strict=True)
@@ -70,7 +69,7 @@ def _all_reduce_mean(payloads: Sequence[Payload], flag: Tensor, comm: Comm) -> l
         parts = [payloads[i][j].view(-1) for i, j in same]
         flat = torch.cat([*parts, flag.to(parts[0]).view(1)])
         comm.all_reduce(flat.div_(comm.world_size))
-        require_finite_all([flat])
+        require_finite([flat])
         for (i, j), view in zip(
             same, flat[:-1].split_with_sizes([p.numel() for p in parts]), strict=True
         ):

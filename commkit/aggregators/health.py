@@ -10,26 +10,32 @@ from torch import Tensor
 from ..types import NonFiniteError
 
 
-def health(tensors: Iterable[Tensor]) -> Tensor:
-    """0-d float32: 0 if every value is finite, else NaN. It survives a sum over ranks either way."""
-    floats = [x for x in tensors if x.is_floating_point() and x.numel()]
-    if not floats:
-        return torch.zeros(())
-    if floats[0].device.type != "cpu":
-        peaks = [torch.linalg.vector_norm(x, float("inf")).float() for x in floats]
-        return torch.stack(peaks).sum() * 0
-    return torch.zeros(()) if all(map(_is_finite, floats)) else torch.full((), torch.nan)
+def health(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """0-d float32 on ``device``: 0 if every value is finite, else NaN. Either survives a sum over ranks."""
+    floats = _floats(tensors)
+    if device.type == "cpu" or not floats:
+        return torch.full((), 0.0 if all(map(_is_finite, floats)) else torch.nan, device=device)
+    peaks = [torch.linalg.vector_norm(x, float("inf")).float() for x in floats]
+    return torch.stack(peaks).sum() * 0
 
 
-def require_finite(flags: Tensor) -> None:
-    """Raise on any NaN or inf. ``flags`` has the same bits on every rank, so all raise or none."""
-    if not bool(flags.isfinite().all()):
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every value is finite."""
+    return all(map(_is_finite, _floats(tensors)))
+
+
+def require_finite(tensors: Iterable[Tensor]) -> None:
+    """Raise on any inf or NaN. The tensors have the same bits on every rank, so all raise or none.
+
+    Raises:
+        NonFiniteError: there is one.
+    """
+    if not are_finite(tensors):
         raise NonFiniteError("a rank of this reduction holds inf or NaN")
 
 
-def require_finite_all(tensors: Iterable[Tensor]) -> None:
-    """The same for large tensors that are equal on all ranks."""
-    require_finite(health(tensors))
+def _floats(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [x for x in tensors if x.is_floating_point() and x.numel()]
 
 
 def _is_finite(x: Tensor) -> bool:

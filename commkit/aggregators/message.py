@@ -19,7 +19,7 @@ def encode(payloads: Sequence[Payload], flag: Tensor) -> Tensor:
     size = sum(part.numel() for part in parts)
     tail = torch.zeros(1 + -(size + 1) % _ALIGN, dtype=torch.uint8, device=flag.device)
     tail[:1] = (~flag.isfinite()).to(torch.uint8)
-    return torch.cat([*parts, tail.to(parts[0].device) if parts else tail])
+    return torch.cat([*parts, tail])
 
 
 def decode(buffer: Tensor, like: Sequence[Payload]) -> list[Payload]:

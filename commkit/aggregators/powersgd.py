@@ -13,7 +13,7 @@ from torch import Tensor
 from ..feedback import StagedTensors
 from ..registry import register
 from ..types import SHARED, Aggregated, Comm, StateDict, TensorCtx, section
-from .health import require_finite_all
+from .health import require_finite
 from .lowrank import fresh_rows, left_products, orthonormalise, right_products, with_rows
 
 
@@ -96,7 +96,7 @@ class PowerSGD:
             right_products(deltas, start, out=p)
         if first.numel():
             comm.all_reduce(first.div_(comm.world_size))
-        require_finite_all([first])  # inf or NaN in any delta has reached its P
+        require_finite([first])  # inf or NaN in any delta has reached its P
         for i, mean in zip(dense, means, strict=True):
             results[i] = Aggregated(mean, xs[i], comm.world_size)
 
@@ -108,7 +108,7 @@ class PowerSGD:
         own = second.clone()
         if second.numel():
             comm.all_reduce(second.div_(comm.world_size))
-        require_finite_all([second])
+        require_finite([second])
         own_qs = _views(own, [(len(g.members), g.rank, g.columns) for g in groups])
         for group, start, p, q, own_q in zip(groups, starts, ps, qs, own_qs, strict=True):
             for place, i in enumerate(group.members):

@@ -79,7 +79,8 @@ class TwoShot:
             s: self.compressor.compress(flats[s.index][s.start : s.end], s.ctx, comm.rank)
             for s in shards
         }
-        flag = health([*xs, *(t for payload in payloads.values() for t in payload)])
+        device = ctxs[0].device
+        flag = health([*xs, *(t for payload in payloads.values() for t in payload)], device)
         served = [[s for s in shards if s.owner == rank] for rank in range(comm.world_size)]
         messages = [
             encode([payloads[s] for s in served[rank]], flag) for rank in range(comm.world_size)
@@ -89,16 +90,16 @@ class TwoShot:
         mine = served[comm.rank]
         like = [payloads[s] for s in mine]
         received = comm.all_to_all(torch.cat(messages), sizes, [sizes[comm.rank]] * comm.world_size)
-        require_finite(torch.stack([flag_of(message, like) for message in received]))
+        require_finite([torch.stack([flag_of(message, like) for message in received])])
         combined = self._serve(mine, [decode(message, like) for message in received], comm.rank)
 
-        answer = encode(combined, health(t for payload in combined for t in payload))
+        answer = encode(combined, health((t for p in combined for t in p), device))
         answers = comm.all_to_all(
             answer.repeat(comm.world_size), [answer.numel()] * comm.world_size, sizes
         )
         likes = [[payloads[s] for s in served[rank]] for rank in range(comm.world_size)]
         flags = [flag_of(a, expected) for a, expected in zip(answers, likes, strict=True)]
-        require_finite(torch.stack(flags))
+        require_finite([torch.stack(flags)])
         means = {
             s: payload
             for rank in range(comm.world_size)

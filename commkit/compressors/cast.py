@@ -35,7 +35,7 @@ class Cast(Compressor):
             raise ValueError(f"dtype={self.dtype!r} must be 'bf16' or 'fp16'; use one of them")
 
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
-        return (x.to(_DTYPES[self.dtype], copy=True).view(-1),)
+        return (x.reshape(-1).to(_DTYPES[self.dtype], copy=True),)
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         return payload[0].to(ctx.work_dtype, copy=True).view(ctx.shape)

@@ -19,7 +19,7 @@ class NoCompression(Compressor):
     wire: ClassVar[Wire] = "summable"
 
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
-        return (x.to(ctx.work_dtype, copy=True).view(-1),)
+        return (x.reshape(-1).to(ctx.work_dtype, copy=True),)
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         return payload[0].to(ctx.work_dtype, copy=True).view(ctx.shape)

@@ -38,9 +38,10 @@ class Sign(Compressor):
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
         flat = x.reshape(-1).to(ctx.work_dtype)
         n = max(flat.numel(), 1)
-        order = 1 if self.scale == "l1" else 2
-        norm = torch.linalg.vector_norm(flat, order)
-        size = norm / n if self.scale == "l1" else norm / n**0.5
+        if self.scale == "l1":
+            size = torch.linalg.vector_norm(flat, 1) / n
+        else:
+            size = ops.two_norm(flat) / n**0.5
         return ops.pack_signs(flat), size.to(torch.float32).view(1)
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:

@@ -38,7 +38,7 @@ class Ternary(Compressor):
         if flat.numel() == 0:
             return ops.pack_ternary(flat.to(torch.int8)), flat.new_zeros(1, dtype=torch.float32)
         if self.clip > 0:
-            limit = torch.linalg.vector_norm(flat) * (self.clip / flat.numel() ** 0.5)
+            limit = ops.two_norm(flat) * (self.clip / flat.numel() ** 0.5)
             flat = flat.clamp(-limit, limit)
         low, high = torch.aminmax(flat)
         size = torch.maximum(high, -low).to(torch.float32)

@@ -56,9 +56,8 @@ class TopK(Compressor):
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
         flat = x.reshape(-1)
         k = self.k(flat.numel())
-        exact = self.threshold == "exact" or (
-            self.threshold == "auto" and flat.numel() <= _EXACT_UP_TO
-        )
+        exact_up_to = {"exact": 2**63, "auto": _EXACT_UP_TO, "sampled": 0}[self.threshold]
+        exact = flat.numel() <= exact_up_to
         indices = _largest(flat, k) if exact else _largest_sampled(flat, k, ctx.shared_seed())
         index_dtype = torch.int32 if ctx.numel < 2**31 else torch.int64
         return indices.to(index_dtype), flat.index_select(0, indices).to(_VALUES[self.values])
@@ -69,8 +68,8 @@ class TopK(Compressor):
     def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
         out = torch.zeros(ctx.numel, dtype=ctx.work_dtype, device=ctx.device)
         for indices, values in payloads:
-            ops.scatter_accumulate_(out, indices, values)
-        return out.div_(len(payloads)).view(ctx.shape)
+            ops.scatter_accumulate_(out, indices, values.to(ctx.work_dtype) / len(payloads))
+        return out.view(ctx.shape)
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         index_bytes = 4 if ctx.numel < 2**31 else 8

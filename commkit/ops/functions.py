@@ -67,6 +67,22 @@ def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> T
     return cast(Tensor, _ops.stratified_indices(numel, k, seed, device))
 
 
+def two_norm(x: Tensor) -> Tensor:
+    """0-d 2-norm that neither over- nor underflows where the norm itself does not."""
+    if x.device.type != "cpu":
+        return _two_norm_float64(x)
+    norm: Tensor = torch.linalg.vector_norm(x)  # 25 times faster on a CPU than summing in float64
+    limits = torch.finfo(x.dtype)
+    if float(norm) ** 2 > limits.tiny / limits.eps * x.numel() and bool(norm.isfinite()):
+        return norm
+    return _two_norm_float64(x)
+
+
+def _two_norm_float64(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.to(x.dtype)
+
+
 def scatter_accumulate_(out: Tensor, indices: Tensor, values: Tensor) -> None:
     """``out[indices] += values`` in place; ``indices`` must not repeat."""
     _ops.scatter_accumulate_(out, indices, values)

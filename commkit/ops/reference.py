@@ -151,7 +151,7 @@ def sample_threshold(x: Tensor, k: int, seed: int) -> Tensor:
         stride = stride // 32 * 32 + 1
     sample = x[seed % stride :: stride].abs()
     rank = max(1, min(sample.numel(), round(k * sample.numel() / n)))
-    return torch.topk(sample, rank, sorted=True).values[-1].to(torch.float32)
+    return torch.topk(sample, rank, sorted=True).values[-1].to(torch.float32, copy=True)
 
 
 def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:
