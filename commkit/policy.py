@@ -22,7 +22,7 @@ class Policy:
         exclude: parameters whose name matches one of these shell patterns stay dense, e.g. ``"*embed*"``.
 
     Raises:
-        ValueError: a negative number.
+        ValueError: a negative number, or ``exclude`` is one text.
     """
 
     start_step: int = 0
@@ -34,6 +34,12 @@ class Policy:
         for name in ("start_step", "min_numel", "min_ndim"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 0; use 0 for no limit")
+        if isinstance(
+            self.exclude, str
+        ):  # its letters would be patterns, and "*" matches everything
+            raise ValueError(
+                f"exclude={self.exclude!r} must be a list of patterns; use exclude=[{self.exclude!r}]"
+            )
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
     def compresses(self, ctx: TensorCtx) -> bool:

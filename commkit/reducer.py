@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .aggregators.health import are_finite
+from .aggregators.health import are_finite, require_finite
 from .aggregators.stateless import Stateless
 from .feedback import NoFeedback
 from .metrics import StepStats
@@ -102,7 +102,7 @@ class Reducer:
                 self._ok = False
                 dense, results = list(named), {}
             if self._ok:
-                self._flush(dense, named)
+                self._flush([key for key in dense if key not in hold], named)
             results.update(_all_reduce_dense({key: named[key] for key in dense}, comm))
             if self._ok and self._stateful:
                 self._ok = are_finite(results[key] for key in dense)
@@ -125,8 +125,7 @@ class Reducer:
             nonfinite=not self._ok,
         )
         self.step += 1
-        self._reduced.clear()
-        self._ok, self._dense_bytes, self._contributors = True, 0, None
+        self._begin_step()
         return stats
 
     def state_dict(self) -> StateDict:
@@ -143,7 +142,11 @@ class Reducer:
         self.feedback.load_state_dict(section(state, RANK))
         self.aggregator.load_state_dict(section(state, _AGGREGATOR))
         self.step = int(state[_STEP])
+        self._begin_step()
+
+    def _begin_step(self) -> None:
         self._reduced.clear()
+        self._ok, self._dense_bytes, self._contributors = True, 0, None
 
     def _ctx(self, key: str, x: Tensor) -> TensorCtx:
         return TensorCtx(key, x.shape, x.dtype, x.device, self.step, self.seed)
@@ -165,9 +168,13 @@ class Reducer:
             for key in keys
         ]
         outcomes = self.aggregator.aggregate(deltas, [ctxs[key] for key in keys], comm)
-        results = {}
+        results = {
+            key: outcome.mean.to(named[key].dtype)
+            for key, outcome in zip(keys, outcomes, strict=True)
+        }
+        # A mean that fits float32 may not fit the gradient's dtype; then it was not delivered.
+        require_finite(r for key, r in results.items() if r.dtype != ctxs[key].work_dtype)
         for key, delta, outcome in zip(keys, deltas, outcomes, strict=True):
-            results[key] = outcome.mean.to(named[key].dtype)
             self._contributed(outcome.num_contributors)
             if key not in hold and not isinstance(self.feedback, NoFeedback):
                 self.feedback.update(delta, outcome.sent, key)

@@ -64,7 +64,7 @@ class PowerSGD:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} must be >= 1; use for example 4")
-        if self.min_compression_rate < 0:
+        if not self.min_compression_rate >= 0:
             raise ValueError(
                 f"min_compression_rate={self.min_compression_rate} must be >= 0; use for example 2"
             )
@@ -82,6 +82,9 @@ class PowerSGD:
     def aggregate(
         self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
     ) -> list[Aggregated]:
+        dtypes = dict.fromkeys(x.dtype for x in xs)
+        if len(dtypes) > 1:
+            return self._aggregate_by_dtype(xs, ctxs, comm, list(dtypes))
         groups, dense = self._classify(ctxs)
         results: dict[int, Aggregated] = {}
         like = xs[0] if xs else torch.empty(0)
@@ -118,6 +121,21 @@ class PowerSGD:
                 results[i] = Aggregated(mean, sent, comm.world_size)
                 if self.warm_start:
                     self._q.stage(ctx.key, _next_start(q[place], start[place]))
+        return [results[i] for i in range(len(xs))]
+
+    def _aggregate_by_dtype(
+        self,
+        xs: Sequence[Tensor],
+        ctxs: Sequence[TensorCtx],
+        comm: Comm,
+        dtypes: Sequence[torch.dtype],
+    ) -> list[Aggregated]:
+        """Float32 and float64 tensors cannot share a buffer: one reduction for each."""
+        results: dict[int, Aggregated] = {}
+        for dtype in dtypes:
+            places = [i for i, x in enumerate(xs) if x.dtype == dtype]
+            part = self.aggregate([xs[i] for i in places], [ctxs[i] for i in places], comm)
+            results.update(zip(places, part, strict=True))
         return [results[i] for i in range(len(xs))]
 
     def _classify(self, ctxs: Sequence[TensorCtx]) -> tuple[list[_Group], list[int]]:

@@ -152,7 +152,10 @@ class TwoShot:
         self, payloads: Mapping[Shard, Payload], shards: Sequence[Shard], ctx: TensorCtx
     ) -> Tensor:
         parts = [self.compressor.decompress(payloads[s], s.ctx) for s in shards]
-        return torch.cat(parts).view(ctx.shape)
+        flat = (
+            torch.cat(parts) if parts else torch.zeros(0, dtype=ctx.work_dtype, device=ctx.device)
+        )
+        return flat.view(ctx.shape)
 
     def commit(self, ok: bool) -> None:
         self.server_feedback.commit(ok)

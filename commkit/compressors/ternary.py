@@ -17,7 +17,8 @@ from ..types import Compressor, Payload, TensorCtx
 class Ternary(Compressor):
     """``s * sgn(x) * Bernoulli(|x|/s)`` with ``s = max|x|`` after clipping (Wen et al. 2017, eq. 1 and 10).
 
-    Unbiased up to the clipping, so no feedback is needed.
+    Unbiased up to the clipping, so no feedback is needed, and none may be used: the code is not a
+    contraction, and error feedback on it diverges.
 
     Args:
         clip: values are clamped to this many root mean squares first (the paper's c = 2.5), which keeps
@@ -30,7 +31,7 @@ class Ternary(Compressor):
     clip: float = 2.5
 
     def __post_init__(self) -> None:
-        if self.clip < 0:
+        if not self.clip >= 0:
             raise ValueError(f"clip={self.clip} must be >= 0; use 2.5, or 0 for no clipping")
 
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..ops import two_norm
 from ..registry import register
 from ..types import StateDict
 from .staged import StagedTensors
@@ -54,8 +55,7 @@ class ErrorFeedback:
         self._residuals.commit(ok)
 
     def norm(self) -> float:
-        norms = [torch.linalg.vector_norm(e) for e in self._residuals.values()]
-        return math.sqrt(sum(float(norm) ** 2 for norm in norms))
+        return math.hypot(*(float(two_norm(e)) for e in self._residuals.values()))
 
     def state_dict(self) -> StateDict:
         return self._residuals.state_dict()

@@ -44,7 +44,9 @@ def test_reductions_run_beside_backward() -> None:
 
 def _deep() -> nn.Module:
     generator = torch.Generator().manual_seed(3)
-    net = nn.Sequential(*(nn.Linear(problem.WIDTH, problem.WIDTH) for _ in range(15)), nn.Linear(64, 8))
+    net = nn.Sequential(
+        *(nn.Linear(problem.WIDTH, problem.WIDTH) for _ in range(15)), nn.Linear(64, 8)
+    )
     with torch.no_grad():
         for p in net.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) / 8)

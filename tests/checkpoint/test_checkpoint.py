@@ -88,7 +88,9 @@ def _load_residuals(
     assert handle.reducer.step == 5
     loaded = _left_unsent(handle)
     # The first step deals servers' state to its new owners; saving again must not count it twice.
-    given = {n: torch.zeros(p.numel(), dtype=torch.float64) for n, p in net.module.named_parameters()}
+    given = {
+        n: torch.zeros(p.numel(), dtype=torch.float64) for n, p in net.module.named_parameters()
+    }
     taken = {n: t.clone() for n, t in given.items()}
     own = problem.model().double()
     problem.loss_of(own, 0, rank).backward()

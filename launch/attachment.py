@@ -1,0 +1,43 @@
+"""What the loop needs of whatever reduces the gradients: commkit's handle or a baseline."""
+
+from typing import Protocol
+
+import commkit
+from commkit.comm import DistComm
+
+
+class StepCost(Protocol):
+    """What one step's communication cost; the fields of :class:`commkit.StepStats` that are
+    recorded. None is "not counted"."""
+
+    @property
+    def dense_bytes(self) -> int | None: ...
+    @property
+    def payload_bytes(self) -> int | None: ...
+    @property
+    def wire_bytes(self) -> int | None: ...
+    @property
+    def rounds(self) -> int | None: ...
+    @property
+    def comm_seconds(self) -> float | None: ...
+    @property
+    def reduce_seconds(self) -> float | None: ...
+    @property
+    def exposed_comm_seconds(self) -> float | None: ...
+    @property
+    def residual_norm(self) -> float | None: ...
+    @property
+    def num_contributors(self) -> int | None: ...
+
+
+class Attachment(Protocol):
+    """What the loop needs of a scheme at work: :class:`commkit.Handle` or
+    :class:`launch.baselines.Baseline`."""
+
+    comm: DistComm
+    reducer: commkit.Reducer
+
+    @property
+    def last_step(self) -> StepCost: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,250 @@
+"""The one reference training program.
+
+    torchrun --nproc-per-node 2 launch/train.py --config configs/powersgd.yaml --out runs/powersgd
+
+Also runs without torchrun, as a single process. What it writes is described in
+``launch/rundir.py``, what it can be told in ``launch/settings.py``.
+"""
+
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: find `launch`
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.nn.parallel import DistributedDataParallel
+
+import commkit
+from commkit.config import apply_overrides, load_yaml, validate
+from commkit.metrics import JsonLinesSink, TensorBoardSink
+from launch import baselines
+from launch.gpt import count_parameters
+from launch.interface import InterfaceMeter, meter_from_environment
+from launch.loop import Trainer
+from launch.optimizer import make_optimizer
+from launch.rundir import RunDirectory
+from launch.settings import RESUMABLE_CHANGES, TrainSettings
+from launch.tasks import Task, make_task
+from launch.world import LauncherWatch, World
+
+# Rank 0 reports an error that all ranks share. A rank that its launcher has not ended within this
+# time has an error of its own to report.
+PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train the reference model."""
+
+    config: Path
+    """YAML file of a recipe, such as configs/powersgd.yaml."""
+    overrides: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(name="set", metavar="A.B=VALUE"),
+        tyro.conf.UseAppendAction,
+    ] = ()
+    """Replace one field of the recipe; VALUE is read as YAML. May be given many times."""
+    steps: int | None = None
+    """When to stop, counted from the very first step; the schedule stays as it is."""
+    out: Path | None = None
+    """Where to write; runs/NAME for configs/NAME.yaml if not given."""
+    resume: bool = False
+    """Continue the run in --out from its newest complete checkpoint."""
+
+
+class SetupError(Exception):
+    """The run cannot start for a reason its user can mend; the message is the whole story."""
+
+
+@dataclass
+class Job:
+    """What the arguments ask for, checked before any communication."""
+
+    settings: TrainSettings
+    run: RunDirectory
+    resume: bool
+    world: World
+    device: torch.device
+    task: Task = field(repr=False)
+    meter: InterfaceMeter | None = None
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the program; ``words`` are its arguments, the command line's if not given."""
+    warnings.filterwarnings(
+        "ignore", message="'set_vital' is deprecated"
+    )  # torchdata on torch 2.13
+    arguments = tyro.cli(Arguments, args=words)
+    try:
+        trainer = set_up(prepare(arguments))
+    except SetupError as error:
+        refuse(error)
+    train(trainer)
+
+
+def prepare(arguments: Arguments) -> Job:
+    """Check everything that can be checked alone."""
+    world = World.from_environment()
+    try:
+        settings = read_settings(arguments)
+        baselines.check(settings.scheme, arguments.resume)
+        run = RunDirectory(arguments.out or Path("runs") / arguments.config.stem)
+        if arguments.resume:
+            check_same_run(run, settings)
+        else:
+            run.refuse_to_overwrite()
+        if settings.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError(
+                "tensorboard: got true, but the package is missing; pip install tensorboard, "
+                "or say --set tensorboard=false"
+            )
+        if world.rank == 0:
+            run.lock()
+        device = world.device(settings.device)
+        task = make_task(settings)
+        meter = meter_from_environment(run.path, world.rank, world.local_rank, arguments.resume)
+    except (ValueError, OSError) as error:
+        raise SetupError(str(error)) from error
+    return Job(settings, run, arguments.resume, world, device, task, meter)
+
+
+def read_settings(arguments: Arguments) -> TrainSettings:
+    """The recipe with the command line's changes, checked."""
+    overrides = list(arguments.overrides)
+    if arguments.steps is not None:
+        overrides.append(f"steps={arguments.steps}")
+    data = apply_overrides(load_yaml(arguments.config), overrides)
+    return validate(TrainSettings, data, str(arguments.config))
+
+
+def check_same_run(run: RunDirectory, settings: TrainSettings) -> None:
+    """Refuse to go on with settings under which the records would not be those of one run.
+
+    Raises:
+        ValueError: a setting that shapes the result differs from the saved ``config.yaml``.
+    """
+    if not run.config.is_file():
+        return  # killed before its first step, or never started: there is nothing to contradict
+    saved = validate(TrainSettings, load_yaml(run.config), str(run.config)).model_dump(mode="json")
+    for name, value in settings.model_dump(mode="json").items():
+        if name not in RESUMABLE_CHANGES and value != saved[name]:
+            raise ValueError(
+                f"--resume: {name} is {value!r}, but the run in {str(run.path)!r} has "
+                f"{saved[name]!r}; resume with the same setting or give another --out"
+            )
+
+
+def set_up(job: Job) -> Trainer:
+    """Join the other ranks, build model, optimizer and scheme, and load the checkpoint if any."""
+    settings, world, device = job.settings, job.world, job.device
+    torch.manual_seed(settings.seed + world.rank)  # dropout: different masks on each rank
+    world.join(device)
+    model = job.task.build().to(device)
+    ddp = DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        **settings.ddp.model_dump(),
+    )
+    optimizer = make_optimizer(model, settings.optim)
+    try:
+        handle = baselines.attach(ddp, optimizer, settings.scheme)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise SetupError(str(error)) from error
+    trainer = Trainer(
+        settings=settings,
+        model=ddp,
+        optimizer=optimizer,
+        handle=handle,
+        loader=job.task.loader(world.rank, world.size),
+        task=job.task,
+        device=device,
+        run=job.run,
+        after_backward=getattr(handle, "backward_ended", None),
+        meter=job.meter,
+    )
+    if job.resume:
+        try:
+            trainer.load()
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+    if world.rank == 0:
+        job.run.prepare(settings.model_dump(mode="json"), trainer.progress.step)
+        open_sinks(trainer)
+        print(describe(trainer), flush=True)
+    return trainer
+
+
+def open_sinks(trainer: Trainer) -> None:
+    """Records go to JSON lines, and to TensorBoard if the settings ask for it."""
+    run = trainer.run
+    trainer.sinks.append(JsonLinesSink(run.metrics))
+    trainer.validation_sinks.append(JsonLinesSink(run.validation))
+    if trainer.settings.tensorboard:
+        board = TensorBoardSink(run.path / "tensorboard")
+        trainer.sinks.append(board)
+        trainer.validation_sinks.append(board)
+
+
+def describe(trainer: Trainer) -> str:
+    """One line: what is about to run."""
+    return (
+        f"{trainer.settings.scheme['name']}: {count_parameters(trainer.model):,} parameters, "
+        f"{trainer.handle.comm.world_size} ranks on {trainer.device.type}, "
+        f"{trainer.task.headline()}, "
+        f"step {trainer.progress.step} of {trainer.settings.steps}, into {trainer.run.path}"
+    )
+
+
+def train(trainer: Trainer) -> None:
+    """Run to the end and write the summary."""
+    validation = trainer.train(LauncherWatch())
+    if trainer.rank == 0:
+        trainer.run.write_summary(facts(trainer, validation))
+        for sink in {*trainer.sinks, *trainer.validation_sinks}:
+            sink.close()
+    trainer.handle.close()
+    dist.destroy_process_group()
+
+
+def facts(trainer: Trainer, validation: Mapping[str, float]) -> Mapping[str, Any]:
+    """What ``summary.json`` says besides the totals of the per-step records."""
+    return {
+        "scheme": trainer.settings.scheme["name"],
+        "world_size": trainer.handle.comm.world_size,
+        "steps": trainer.progress.step,
+        "parameters": count_parameters(trainer.model),
+        "buffer_bytes": sum(b.numel() * b.element_size() for b in trainer.model.buffers()),
+        "device": trainer.device.type,
+        "task": trainer.settings.task,
+        "data": trainer.task.describe(),
+        **validation,
+        "wall_seconds": trainer.progress.seconds,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "commkit": commkit.__version__,
+        },
+    }
+
+
+def refuse(error: SetupError) -> NoReturn:
+    """Print one line, once for all ranks, and exit with status 2."""
+    rank = World.from_environment().rank
+    if rank != 0:
+        time.sleep(PATIENCE_S)
+    print(f"error on rank {rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    os._exit(2)  # not sys.exit: other ranks may be gone, and teardown would wait for them
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Parts that cannot go together are refused when they are put together, and settings out of range too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from commkit import registry
+from commkit.aggregators import AllGather, AllReduce, Noop, PowerSGD, TwoShot
+from commkit.compressors import BlockQuantize, Cast, NoCompression, RandomK, Sign, Ternary, TopK
+from commkit.feedback import ErrorFeedback
+from commkit.types import Aggregator
+
+
+@dataclass(frozen=True)
+class DataDependent(Cast):
+    """A compressor whose payload sizes nobody knows beforehand."""
+
+    fixed_size: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize("compressor", [Sign(), TopK(), Ternary(), BlockQuantize()], ids=str)
+def test_all_reduce_takes_summable_payloads_only(compressor) -> None:
+    with pytest.raises(TypeError, match=rf"{type(compressor).__name__}.*all_gather or two_shot"):
+        AllReduce(compressor)
+
+
+@pytest.mark.parametrize("make", [AllGather, TwoShot])
+def test_gathers_take_payloads_of_fixed_size_only(make: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="DataDependent has fixed_size=False; use a compressor"):
+        make(DataDependent())
+
+
+@pytest.mark.parametrize("compressor", [NoCompression(), Cast(), RandomK()], ids=str)
+def test_summable_payloads_may_go_anywhere(compressor) -> None:
+    assert all(
+        make(compressor).compressor is compressor for make in (AllReduce, AllGather, TwoShot)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PowerSGD(rank=0), "rank=0 must be >= 1; use"),
+        (lambda: PowerSGD(min_compression_rate=float("nan")), "min_compression_rate=nan must be"),
+        (lambda: PowerSGD(min_compression_rate=-1), "min_compression_rate=-1 must be >= 0; use"),
+        (lambda: TwoShot(Sign(), granule=7), "granule=7 must be >= 8; use"),
+    ],
+)
+def test_settings_out_of_range_name_field_value_and_remedy(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+EXAMPLES: dict[str, Callable[[], Aggregator]] = {
+    "all_gather": lambda: AllGather(TopK()),
+    "all_reduce": lambda: AllReduce(Cast()),
+    "noop": Noop,
+    "powersgd": PowerSGD,
+    "two_shot": lambda: TwoShot(Sign(), ErrorFeedback()),
+}
+
+
+def test_every_registered_aggregator_has_an_example() -> None:
+    assert set(EXAMPLES) == set(registry.names("aggregator"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_aggregators_are_what_their_protocol_says(name: str) -> None:
+    aggregator = EXAMPLES[name]()
+    assert isinstance(aggregator, Aggregator)
+    assert type(aggregator) is registry.lookup("aggregator", name)
+    assert aggregator.state_dict() == {}
+    aggregator.commit(True)
+    aggregator.load_state_dict({})
+
+
+@pytest.mark.parametrize("name", ["all_gather", "all_reduce", "noop"])
+def test_state_for_an_aggregator_without_state_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match="keeps no state but got 1 entries"):
+        EXAMPLES[name]().load_state_dict({"shared/w": torch.zeros(3)})

@@ -1,0 +1,36 @@
+"""Settings out of range are refused with field, value, rule and remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from commkit.compressors import BlockQuantize, Cast, RandomK, Sign, Ternary, TopK
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BlockQuantize(bits=2), "bits=2 must be 4 or 8"),
+        (lambda: BlockQuantize(block_size=0), "block_size=0 must be an even number >= 2"),
+        (lambda: BlockQuantize(block_size=7), "block_size=7 must be an even number >= 2"),
+        (lambda: BlockQuantize(rounding="up"), "rounding='up' must be"),
+        (lambda: Cast("fp32"), "dtype='fp32' must be 'bf16' or 'fp16'"),
+        (lambda: Sign("l2"), "scale='l2' must be 'l1' or 'rms'"),
+        (lambda: Ternary(-0.1), "clip=-0.1 must be >= 0"),
+        (lambda: TopK(0.0), r"density=0.0 must be in \(0, 1\]"),
+        (lambda: TopK(1.1), r"density=1.1 must be in \(0, 1\]"),
+        (lambda: TopK(float("nan")), r"density=nan must be in \(0, 1\]"),
+        (lambda: TopK(threshold="guess"), "threshold='guess' must be"),
+        (lambda: TopK(values="fp8"), "values='fp8' must be"),
+        (lambda: RandomK(0), r"density=0 must be in \(0, 1\]"),
+        (lambda: RandomK(2), r"density=2 must be in \(0, 1\]"),
+    ],
+)
+def test_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_ternary_refuses_a_clip_that_is_no_number() -> None:
+    with pytest.raises(ValueError, match="clip=nan must be >= 0"):
+        Ternary(float("nan"))

@@ -1,0 +1,110 @@
+"""Which compressors the contract is checked on: every registered one, some in several settings.
+
+A new compressor is taken up by its name alone. A case here adds what its class claims beyond that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import commkit.compressors  # noqa: F401  (fills the registry)
+from commkit import registry
+from commkit.types import Compressor, TensorCtx
+
+Bound = Callable[[torch.Tensor], float]
+
+
+@dataclass(frozen=True)
+class CompressorCase:
+    """A compressor's settings and claims.
+
+    Args:
+        salted: different salts round differently.
+        unbiased: the mean over steps and salts is the input.
+        contraction: upper bound of |x - C(x)|^2 / |x|^2 (its mean, if C draws at random).
+        error: upper bound of |x - C(x)| / max|x|, element by element.
+    """
+
+    name: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    salted: bool = False
+    unbiased: bool = False
+    contraction: Bound | None = None
+    error: float | None = None
+
+    def build(self) -> Compressor:
+        return registry.lookup("compressor", self.name)(**self.fields)
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(str(v) for v in self.fields.values())])
+
+
+def _kept(density: float) -> Bound:
+    """Of n elements at least density * n are sent exactly, and no worse than average ones."""
+    return lambda x: 1 - density
+
+
+def _l1(x: torch.Tensor) -> float:
+    """mean|x| is the best scale: what it leaves is |x|_2^2 - |x|_1^2 / n, exactly."""
+    return 1 - float(x.abs().sum() ** 2 / (x.numel() * x.square().sum()))
+
+
+_CASES = [
+    CompressorCase("none", error=0.0),
+    CompressorCase("cast", {"dtype": "bf16"}, error=2**-8),
+    CompressorCase("cast", {"dtype": "fp16"}, error=2**-11),
+    CompressorCase("block_quantize", {"bits": 8}, salted=True, unbiased=True, error=1.001 / 127),
+    CompressorCase(
+        "block_quantize", {"bits": 4, "block_size": 64}, salted=True, unbiased=True, error=1.001 / 7
+    ),
+    CompressorCase(
+        "block_quantize",
+        {"bits": 8, "rounding": "nearest"},
+        error=0.501 / 127,
+        contraction=_kept(0),
+    ),
+    CompressorCase(
+        "block_quantize",
+        {"bits": 4, "rounding": "nearest", "block_size": 128},
+        error=0.501 / 7,
+        contraction=_kept(0),
+    ),
+    CompressorCase("sign", {"scale": "l1"}, contraction=_l1),
+    CompressorCase("sign", {"scale": "rms"}),
+    CompressorCase("ternary", {"clip": 0.0}, salted=True, unbiased=True, error=1.0),
+    CompressorCase("ternary", {"clip": 2.5}, salted=True),
+    CompressorCase("topk", {"density": 0.01}, contraction=_kept(0.01)),
+    CompressorCase(
+        "topk", {"density": 0.1, "threshold": "sampled", "values": "fp32"}, contraction=_kept(0.1)
+    ),
+    CompressorCase("topk", {"density": 0.2, "values": "bf16"}, contraction=_kept(0.19)),
+    CompressorCase("topk", {"density": 0.2, "values": "fp16"}, contraction=_kept(0.19)),
+    CompressorCase("topk", {"density": 1.0}, error=0.0),
+    CompressorCase("randomk", {"density": 0.1}, contraction=_kept(0.09)),
+    CompressorCase("randomk", {"density": 0.1, "unbiased": True}, unbiased=True),
+]
+_named = {case.name for case in _CASES}
+CASES = _CASES + [CompressorCase(n) for n in registry.names("compressor") if n not in _named]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SHAPES = ((), (0,), (3, 0), (1,), (7,), (4097,), (64, 48), (8, 4, 3, 3))
+
+
+def ctx_of(x: torch.Tensor, key: str = "layer.weight", step: int = 0, seed: int = 0) -> TensorCtx:
+    return TensorCtx(key, x.shape, x.dtype, x.device, step, seed)
+
+
+def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0):
+    """Gaussian values; magnitudes that no dtype has trouble with."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def transmit(compressor: Compressor, x: torch.Tensor, salt: int = 0, step: int = 0) -> torch.Tensor:
+    """What a peer decodes."""
+    ctx = ctx_of(x, step=step)
+    return compressor.decompress(compressor.compress(x, ctx, salt), ctx)

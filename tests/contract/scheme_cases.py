@@ -1,0 +1,174 @@
+"""Which schemes the contract is checked on, and how a run of one is recorded.
+
+Every registered scheme is taken up by its name alone; ``BLOCKS`` adds settings that compress small tensors
+hard, and compositions without a name of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from commkit import registry
+from commkit.feedback import NoFeedback
+from commkit.metrics import StepStats
+from commkit.reducer import Reducer
+from commkit.schemes import make_reducer
+from commkit.sim import ThreadComm, run_threads
+from commkit.types import Aggregated, Comm, StateDict, TensorCtx
+
+Tensors = dict[str, torch.Tensor]
+EF = "error_feedback"
+UNLAWFUL = ("compose", "noop")  # no scheme of its own; no communication at all
+
+
+def composed(aggregator: str, compressor: Mapping[str, Any], feedback: str, **fields: Any) -> Any:
+    """Any compressor behind any aggregator, on tensors of all sizes."""
+    return {
+        "name": "compose",
+        "aggregator": {"name": aggregator, "compressor": compressor, **fields},
+        "feedback": feedback,
+        "policy": {"min_numel": 0},
+    }
+
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "int8-all": {"name": "int8", "min_numel": 0},
+    "int8-nearest": {"name": "int8", "rounding": "nearest", "min_numel": 0},
+    "int4-all": {"name": "int4", "min_numel": 0},
+    "int4-stochastic": {"name": "int4", "rounding": "stochastic", "min_numel": 0},
+    "sign-all": {"name": "sign", "min_numel": 0},
+    "sign-rms": {"name": "sign", "scale": "rms", "min_numel": 0},
+    "topk-all": {"name": "topk", "density": 0.1, "min_numel": 0},
+    "topk-bf16": {"name": "topk", "density": 0.1, "threshold": "sampled", "values": "bf16"},
+    "randomk-all": {"name": "randomk", "density": 0.1, "min_numel": 0},
+    "randomk-unbiased": {"name": "randomk", "density": 0.1, "error_feedback": False},
+    "powersgd-2": {"name": "powersgd", "rank": 2, "min_compression_rate": 0.0},
+    "powersgd-cold": {"name": "powersgd", "rank": 2, "warm_start": False},
+    "powersgd-no-ef": {"name": "powersgd", "error_feedback": False},
+    "sign-gathered": composed("all_gather", {"name": "sign"}, EF),
+    "cast-gathered": composed("all_gather", {"name": "cast"}, EF),
+    "ternary": composed("two_shot", {"name": "ternary", "clip": 0.0}, "none"),
+    "ternary-clipped": composed("two_shot", {"name": "ternary"}, "none", granule=64),
+    "topk-two-shot": composed(
+        "two_shot", {"name": "topk", "density": 0.2}, EF, server_feedback=EF, granule=64
+    ),
+}
+BLOCKS |= {name: {"name": name} for name in registry.names("scheme") if name not in UNLAWFUL}
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "matrix": (64, 48),
+    "vector": (2000,),
+    "conv": (8, 4, 3, 3),
+    "scalar": (),
+    "empty": (0,),
+    "one": (1,),
+    "square": (40, 40),
+}
+
+
+def build(case: str) -> Reducer:
+    return make_reducer(BLOCKS[case])
+
+
+def keeps_all(case: str) -> bool:
+    """Whether what is not sent is kept."""
+    return not isinstance(build(case).feedback, NoFeedback)
+
+
+WITH_FEEDBACK = [case for case in BLOCKS if keeps_all(case)]
+
+
+def gradients(rank: int, step: int, dtype: torch.dtype = torch.float32) -> Tensors:
+    """One rank's gradients: a part that all ranks and steps share, and noise."""
+    grads = {}
+    for key, shape in SHAPES.items():
+        parts = [torch.randn(shape, generator=_generator(key, *at)) for at in ((), (rank, step))]
+        grads[key] = (0.5 * parts[0] + parts[1]).to(dtype)
+    return grads
+
+
+def _generator(*at: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(repr(at).encode()))
+
+
+class Recorder:
+    """An aggregator that notes what its inner one says each rank has sent."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.sent: Tensors = {}
+
+    def aggregate(self, xs: Any, ctxs: list[TensorCtx], comm: Comm) -> list[Aggregated]:
+        outcomes: list[Aggregated] = self.inner.aggregate(xs, ctxs, comm)
+        self.sent = {c.key: o.sent.clone() for c, o in zip(ctxs, outcomes, strict=True)}
+        return outcomes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+@dataclass
+class Trace:
+    """What one rank saw of a run: one entry per step, and the state at the end."""
+
+    grads: list[Tensors] = field(default_factory=list)
+    outs: list[Tensors] = field(default_factory=list)
+    sent: list[Tensors] = field(default_factory=list)
+    stats: list[StepStats] = field(default_factory=list)
+    state: StateDict = field(default_factory=dict)
+
+    def residual(self, key: str) -> torch.Tensor | float:
+        return self.state.get(f"rank/{key}", 0.0)
+
+
+def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {key: x.clone() for key, x in tensors.items()}
+
+
+def run(
+    make: Callable[[], Reducer],
+    world_size: int,
+    steps: int,
+    grads: Callable[[int, int], Tensors],
+) -> list[Trace]:
+    """Reduce ``grads(rank, step)`` for some steps; a trace of each rank."""
+
+    def body(comm: ThreadComm) -> Trace:
+        reducer, trace = make(), Trace()
+        recorder = Recorder(reducer.aggregator)
+        reducer.aggregator = recorder
+        for step in range(steps):
+            own = grads(comm.rank, step)
+            trace.grads.append(copied(own))
+            trace.outs.append(copied(reducer.reduce(own, comm)))
+            trace.sent.append(trace.grads[-1] | recorder.sent)
+            trace.stats.append(reducer.end_step())
+        trace.state = copied(reducer.state_dict())
+        return trace
+
+    return run_threads(body, world_size)
+
+
+@functools.cache
+def traces(case: str, world_size: int) -> list[Trace]:
+    """Ten steps in float64, shared by all laws that only look."""
+    return run(lambda: build(case), world_size, 10, lambda r, s: gradients(r, s, torch.float64))
+
+
+def mean_residual(ranks: list[Trace], key: str, shape: torch.Size) -> torch.Tensor:
+    """Everything unsent: the ranks' residuals on average, and what the servers hold."""
+    total = torch.zeros(shape, dtype=torch.float64)
+    for trace in ranks:
+        total += trace.residual(key) / len(ranks)
+        for name, value in trace.state.items():
+            prefix = f"aggregator/shard/{key}@"
+            if name.startswith(prefix):
+                start = int(name.removeprefix(prefix))
+                total.view(-1)[start : start + value.numel()] += value
+    return total

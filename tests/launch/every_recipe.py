@@ -1,0 +1,12 @@
+"""Run every recipe of ``configs/`` in turn, in one process: ``every_recipe.py OUT ARGUMENT...``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launch.train import main
+
+configs = Path(__file__).resolve().parents[2] / "configs"
+for config in sorted(configs.glob("*.yaml")):
+    main(["--config", str(config), "--out", f"{sys.argv[1]}/{config.stem}", *sys.argv[2:]])

@@ -1,0 +1,74 @@
+"""Every operator's schema, fake and default kernel agree, and torch.compile can trace it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from commkit import ops
+
+CPU = torch.device("cpu")
+_GENERATOR = torch.Generator().manual_seed(0)
+FLOATS = torch.randn(1000, generator=_GENERATOR)
+TERNARY = torch.randint(-1, 2, (1001,), generator=_GENERATOR).to(torch.int8)
+
+SAMPLES: dict[str, list[tuple[Any, ...]]] = {
+    "uniform_noise": [(0, 1, CPU), (100, 2**40, CPU)],
+    "pack_signs": [(FLOATS,), (FLOATS[:9].double(),), (FLOATS[:0],), (FLOATS.bfloat16(),)],
+    "unpack_signs": [(ops.pack_signs(FLOATS[:9]), 9, torch.float32)],
+    "ternarize": [(FLOATS, FLOATS.abs().amax(), 3)],
+    "pack_ternary": [(TERNARY,), (TERNARY[:0],)],
+    "unpack_ternary": [(ops.pack_ternary(TERNARY), 1001, torch.float64)],
+    "quantize_blocks": [
+        (FLOATS, bits, 64, stochastic, 5) for bits in (4, 8) for stochastic in (False, True)
+    ]
+    + [(FLOATS[:0], 8, 64, False, 0), (FLOATS[:7].half(), 4, 64, True, 0)],
+    "dequantize_blocks": [
+        (*ops.quantize_blocks(FLOATS, bits, 64, False, 0), 1000, bits, 64) for bits in (4, 8)
+    ],
+    "sample_threshold": [(FLOATS, 10, 7)],
+    "stratified_indices": [(1000, 10, 7, CPU), (0, 0, 7, CPU)],
+    "scatter_accumulate_": [(torch.zeros(10), torch.tensor([1, 5], dtype=torch.int32), FLOATS[:2])],
+}
+
+
+def overload(name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.commkit, name).default
+
+
+def test_every_operator_has_samples() -> None:
+    assert set(SAMPLES) == set(ops.OPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [(n, a) for n, samples in SAMPLES.items() for a in samples],
+    ids=[f"{n}-{i}" for n, samples in SAMPLES.items() for i in range(len(samples))],
+)
+def test_schema_and_fake_match_the_kernel(name: str, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(overload(name), arguments)
+
+
+def test_an_operator_compiles_without_a_graph_break() -> None:
+    def round_trip(x: torch.Tensor) -> torch.Tensor:
+        codes, scales = ops.quantize_blocks(x * 2, 8, 64, False, 0)
+        return ops.dequantize_blocks(codes, scales, x.numel(), 8, 64) + 1
+
+    compiled = torch.compile(round_trip, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(FLOATS), round_trip(FLOATS))
+
+
+@pytest.mark.parametrize("name", sorted(ops.OPS))
+def test_the_front_end_calls_the_operator_of_its_name(name: str) -> None:
+    """A compiled kernel registered for the operator must reach every caller."""
+    arguments = SAMPLES[name][0]
+    first, second = (
+        function(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments))
+        for function in (getattr(ops, name), overload(name))
+    )
+    assert type(first) is type(second)
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (first, second)), strict=True):
+        assert a is None or torch.equal(a, b)
