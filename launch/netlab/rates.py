@@ -1,0 +1,97 @@
+"""Rates, times and shares as people write them: ``100mbit``, ``20ms``, ``1%``."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+# Decimal units of bits. tc reads "mbps" as megabytes, others as megabits: refused here.
+RATE_UNITS: Mapping[str, float] = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+TIME_UNITS: Mapping[str, float] = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+NO_LINK = "none"
+LOWEST_RATE = 8_000  # bit/s: a full packet takes 1.5 s
+HIGHEST_RATE = 100_000_000_000  # bit/s
+
+_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z%]*)\s*")
+
+
+def parse_rate(text: str, field: str = "link") -> int:
+    """``"100mbit"`` as bits per second.
+
+    Raises:
+        ValueError: no number, an unknown unit, or out of 8 kbit/s to 100 Gbit/s.
+    """
+    number, unit = _split(
+        text.lower().strip().removesuffix("/s"), field, text, RATE_UNITS, "100mbit"
+    )
+    rate = round(number * RATE_UNITS[unit])
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise ValueError(
+            f"{field}: got {text!r}, but rates go from 8kbit to 100gbit; give one in between"
+        )
+    return rate
+
+
+def parse_link(link: str | Sequence[str], nodes: int) -> list[int] | None:
+    """Bits per second of each node, or None for ``"none"``, which is loopback.
+
+    Args:
+        link: one rate for all nodes, or one for each (a sequence, or text with commas).
+        nodes: how many nodes there are.
+
+    Raises:
+        ValueError: a rate is wrong or their number is neither 1 nor ``nodes``.
+    """
+    words = link.split(",") if isinstance(link, str) else list(link)
+    if words == [NO_LINK]:
+        return None
+    if NO_LINK in words:
+        raise ValueError(
+            f"link: got {link!r}; 'none' is for all nodes, give a rate to each or none"
+        )
+    rates = [parse_rate(word) for word in words]
+    if len(rates) not in (1, nodes):
+        raise ValueError(
+            f"link: got {len(rates)} rates for {nodes} nodes; give one rate, or one for each node"
+        )
+    return rates * nodes if len(rates) == 1 else rates
+
+
+def parse_time(text: str, field: str) -> float:
+    """``"20ms"`` as seconds.
+
+    Raises:
+        ValueError: no number or an unknown unit.
+    """
+    number, unit = _split(text.lower(), field, text, TIME_UNITS, "20ms")
+    return number * TIME_UNITS[unit]
+
+
+def parse_share(text: str, field: str) -> float:
+    """``"1%"`` as 0.01.
+
+    Raises:
+        ValueError: not a percentage from 0 to 100.
+    """
+    number, _ = _split(text, field, text, {"%": 0.01}, "1%")
+    if number > 100:
+        raise ValueError(f"{field}: got {text!r}, but a share is at most 100%; lower it")
+    return number / 100
+
+
+def format_rate(bits_per_second: float) -> str:
+    """Bits per second as text that :func:`parse_rate` reads: ``"100mbit"``."""
+    for unit, size in sorted(RATE_UNITS.items(), key=lambda item: -item[1]):
+        if bits_per_second >= size:
+            return f"{bits_per_second / size:.6g}{unit}"
+    return f"{bits_per_second:.6g}bit"
+
+
+def _split(
+    text: str, field: str, original: str, units: Mapping[str, float], example: str
+) -> tuple[float, str]:
+    match = _QUANTITY.fullmatch(text)
+    if match is None or match[2] not in units:
+        raise ValueError(
+            f"{field}: got {original!r}, which is not a number and one of the units "
+            f"{', '.join(units)}; write it like {example}"
+        )
+    return float(match[1]), match[2]
