@@ -14,12 +14,13 @@ from torch.profiler import record_function
 
 from .aggregators.health import are_finite, require_finite
 from .aggregators.stateless import Stateless
-from .feedback import NoFeedback
+from .feedback import ErrorFeedback, NoFeedback
 from .metrics import StepStats
 from .policy import Policy
 from .registry import spec
 from .types import (
     RANK,
+    Aggregated,
     Aggregator,
     Comm,
     Feedback,
@@ -76,7 +77,7 @@ class Reducer:
 
         Args:
             named: gradients by parameter name; the same names, shapes and dtypes on every rank, in the
-                same order. They may be overwritten, and results may be views of them.
+                same order. They are overwritten, and results are them or views of a copy.
             comm: the group.
             hold: names whose gradient on this rank is zero because the parameter was not used. They
                 contribute zeros and their residual waits, since DDP may throw the result away.
@@ -168,17 +169,31 @@ class Reducer:
             for key in keys
         ]
         outcomes = self.aggregator.aggregate(deltas, [ctxs[key] for key in keys], comm)
-        results = {
+        # A mean that fits float32 may not fit the gradient's dtype: then it cannot be delivered.
+        narrow = {
             key: outcome.mean.to(named[key].dtype)
             for key, outcome in zip(keys, outcomes, strict=True)
+            if named[key].dtype != ctxs[key].work_dtype
         }
-        # A mean that fits float32 may not fit the gradient's dtype; then it was not delivered.
-        require_finite(r for key, r in results.items() if r.dtype != ctxs[key].work_dtype)
+        require_finite(narrow.values())
         for key, delta, outcome in zip(keys, deltas, outcomes, strict=True):
             self._contributed(outcome.num_contributors)
-            if key not in hold and not isinstance(self.feedback, NoFeedback):
-                self.feedback.update(delta, outcome.sent, key)
-        return results
+            if key not in hold:
+                self._update(key, delta, outcome)
+            if key in narrow:
+                named[key].copy_(narrow[key])
+            else:
+                outcome.mean_into(named[key])
+        return {key: named[key] for key in keys}
+
+    def _update(self, key: str, delta: Tensor, outcome: Aggregated) -> None:
+        feedback = self.feedback
+        if isinstance(feedback, NoFeedback):
+            return
+        if type(feedback) is ErrorFeedback and outcome.take_sent_from(delta):
+            feedback.stage(key, delta)
+        else:
+            feedback.update(delta, outcome.sent, key)
 
     @property
     def _stateful(self) -> bool:

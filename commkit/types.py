@@ -139,24 +139,41 @@ class Aggregated:
     Args:
         mean: the agreed mean; the same bits on every rank of the group. Already divided.
         sent: what this rank really contributed, after loss; zeros if it was dropped; the very input if
-            nothing was lost. A function is called when somebody asks: without feedback nobody does.
+            nothing was lost.
         num_contributors: how many ranks are in ``mean``.
+
+    Functions in place of tensors are called each time somebody asks and nothing is kept, so that one
+    tensor at a time is in memory.
     """
 
-    __slots__ = ("_sent", "mean", "num_contributors")
+    __slots__ = ("_mean", "_sent", "num_contributors")
 
     def __init__(
-        self, mean: Tensor, sent: Tensor | Callable[[], Tensor], num_contributors: int
+        self,
+        mean: Tensor | Callable[[], Tensor],
+        sent: Tensor | Callable[[], Tensor],
+        num_contributors: int,
     ) -> None:
-        self.mean = mean
-        self.num_contributors = num_contributors
+        self._mean = mean
         self._sent = sent
+        self.num_contributors = num_contributors
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean if isinstance(self._mean, Tensor) else self._mean()
 
     @property
     def sent(self) -> Tensor:
-        if not isinstance(self._sent, Tensor):
-            self._sent = self._sent()
-        return self._sent
+        return self._sent if isinstance(self._sent, Tensor) else self._sent()
+
+    def mean_into(self, out: Tensor) -> None:
+        """Write ``mean`` to ``out``, of its shape and of any dtype."""
+        out.copy_(self.mean)
+
+    def take_sent_from(self, compensated: Tensor) -> bool:
+        """The fused path of plain error feedback: subtract ``sent`` from ``compensated`` in place, if that
+        can be done without forming it. False: it cannot, and nothing was done."""
+        return False
 
 
 @runtime_checkable

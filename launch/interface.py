@@ -1,8 +1,8 @@
 """Bytes that a machine's network interface carries in each step, as the kernel counted them.
 
 With ``COMMKIT_INTERFACE=eth0`` in the environment the first rank of each machine appends to
-``interface/rank_NNNN.jsonl`` of the run: ``step, tx_bytes, rx_bytes`` of the interface and
-``wire_bytes`` that commkit says this rank has sent (null if it was not counted).
+``interface/rank_NNNN.jsonl`` of the run: ``step``, the interface's ``tx_bytes, tx_packets, rx_bytes,
+rx_packets``, and ``wire_bytes`` that commkit says this rank has sent (null if it was not counted).
 
 The counters are read before a step and after the mean of its loss has been agreed. Until then every
 rank has received all of the step's messages, so the difference is the step's traffic, whole, and
@@ -16,6 +16,10 @@ from pathlib import Path
 
 VARIABLE = "COMMKIT_INTERFACE"
 DIRECTORY = "interface"
+# Of Ethernet, IPv4 and TCP with timestamps, which Linux uses unless told otherwise. A packet that
+# segmentation offload hands over as one is counted as one, with one header.
+HEADER_BYTES = 14 + 20 + 32
+KEYS = ("tx_bytes", "tx_packets", "rx_bytes", "rx_packets")
 _DEVICES = Path("/proc/self/net/dev")  # of this process's network namespace
 
 
@@ -43,13 +47,9 @@ class InterfaceMeter:
 
     def stop(self, step: int, wire_bytes: int | None) -> None:
         """All ranks have ended step number ``step``."""
-        sent, received = read_interface(self._interface)
-        record = {
-            "step": step,
-            "tx_bytes": sent - self._before[0],
-            "rx_bytes": received - self._before[1],
-            "wire_bytes": wire_bytes,
-        }
+        now = read_interface(self._interface)
+        counts = {key: now[key] - self._before[key] for key in KEYS}
+        record = {"step": step, **counts, "wire_bytes": wire_bytes}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -68,8 +68,8 @@ def meter_from_environment(
     return InterfaceMeter(interface, run / DIRECTORY / f"rank_{rank:04d}.jsonl", resume)
 
 
-def read_interface(interface: str) -> tuple[int, int]:
-    """Bytes sent and received since the interface was made.
+def read_interface(interface: str) -> dict[str, int]:
+    """``KEYS`` of an interface, counted since it was made.
 
     Raises:
         ValueError: no such interface.
@@ -78,8 +78,8 @@ def read_interface(interface: str) -> tuple[int, int]:
     for line in _DEVICES.read_text().splitlines()[2:]:
         name, _, numbers = line.partition(":")
         if name.strip() == interface:
-            fields = numbers.split()
-            return int(fields[8]), int(fields[0])
+            counts = [int(word) for word in numbers.split()]
+            return dict(zip(KEYS, [*counts[8:10], *counts[0:2]], strict=True))
         names.append(name.strip())
     raise ValueError(
         f"{VARIABLE}: got {interface!r}, but the interfaces here are {', '.join(names)}; name one "

@@ -2,9 +2,11 @@
 
 - ``config.yaml``: the recipe with every default and override resolved;
 - ``metrics.jsonl``: one object per step, with the keys of ``METRIC_KEYS``;
-- ``validation.jsonl``: ``step`` and ``val_loss`` of each evaluation on the way;
+- ``validation.jsonl``: ``step``, ``val_loss`` and, if the task has it, ``val_accuracy`` of each
+  evaluation on the way;
 - ``summary.json``: totals, medians and final losses, written when the run ends;
-- ``checkpoints/step_NNNNNN``: the newest two.
+- ``checkpoints/step_NNNNNN``: the newest two;
+- ``interface/``: traffic of each machine, if asked for; see :mod:`launch.interface`.
 
 All ranks must see the same directory; rank 0 alone writes, except into checkpoints.
 """
@@ -23,9 +25,9 @@ from typing import Any
 import yaml
 
 # Bytes, rounds and seconds are those of this step on rank 0. The loss is the mean over the ranks in
-# nats per byte, before the update. Tokens are counted over all ranks since the run began. Collectives
-# take comm_seconds of the reductions' reduce_seconds, of which backward hides all but the exposed.
-# Torch's own hooks do not count: there, values are null.
+# nats per byte or image, before the update. Tokens are counted over all ranks since the run began.
+# Collectives take comm_seconds of the reductions' reduce_seconds, of which backward hides all but
+# the exposed. Torch's own hooks do not count: there, values are null.
 METRIC_KEYS = (
     "step",
     "loss",

@@ -96,7 +96,7 @@ class BatchSettings(Section):
 
 
 class CheckpointSettings(Section):
-    every: NonNegativeInt = 100  # steps; 0 saves at the end only
+    every: NonNegativeInt = 25  # steps; 0 saves at the end only
 
 
 class EvalSettings(Section):

@@ -52,7 +52,7 @@ class AllGather(Stateless):
         gathered = [decode(row, payloads) for row in rows]
         return [
             Aggregated(
-                self.compressor.combine([payloads_of[i] for payloads_of in gathered], ctx),
+                partial(self.compressor.combine, [of_rank[i] for of_rank in gathered], ctx),
                 partial(self.compressor.decompress, payloads[i], ctx),
                 comm.world_size,
             )

@@ -11,7 +11,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import TensorCtx
+from ..types import Aggregated, TensorCtx
+
+
+class LowRank(Aggregated):
+    """A mean ``P Q`` and a contribution ``P Q_own``, kept as factors: (n, r), (r, m), (r, m).
+
+    Products go straight to where they are wanted, which saves two passes over every gradient.
+    """
+
+    __slots__ = ("_own_q", "_p", "_q", "_shape")
+
+    def __init__(self, p: Tensor, q: Tensor, own_q: Tensor, shape: torch.Size, ranks: int) -> None:
+        super().__init__(
+            lambda: torch.mm(p, q).view(shape), lambda: torch.mm(p, own_q).view(shape), ranks
+        )
+        self._p, self._q, self._own_q, self._shape = p, q, own_q, shape
+
+    def mean_into(self, out: Tensor) -> None:
+        if out.dtype == self._p.dtype and out.is_contiguous():
+            torch.mm(self._p, self._q, out=out.view(self._p.shape[0], -1))
+        else:
+            super().mean_into(out)
+
+    def take_sent_from(self, compensated: Tensor) -> bool:
+        compensated.view(self._p.shape[0], -1).addmm_(self._p, self._own_q, alpha=-1)
+        return True
 
 
 def right_products(deltas: Sequence[Tensor], qs: Sequence[Tensor], out: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +13,14 @@ from ..feedback import StagedTensors
 from ..registry import register
 from ..types import SHARED, Aggregated, Comm, StateDict, TensorCtx, section
 from .health import require_finite
-from .lowrank import fresh_rows, left_products, orthonormalise, right_products, with_rows
+from .lowrank import (
+    LowRank,
+    fresh_rows,
+    left_products,
+    orthonormalise,
+    right_products,
+    with_rows,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +122,7 @@ class PowerSGD:
         for group, start, p, q, own_q in zip(groups, starts, ps, qs, own_qs, strict=True):
             for place, i in enumerate(group.members):
                 ctx = ctxs[i]
-                mean = torch.mm(p[place], q[place]).view(ctx.shape)
-                sent = partial(_product, p[place], own_q[place], ctx.shape)
-                results[i] = Aggregated(mean, sent, comm.world_size)
+                results[i] = LowRank(p[place], q[place], own_q[place], ctx.shape, comm.world_size)
                 if self.warm_start:
                     self._q.stage(ctx.key, _next_start(q[place], start[place]))
         return [results[i] for i in range(len(xs))]
@@ -175,10 +179,6 @@ def _next_start(q: Tensor, start: Tensor) -> Tensor:
     gradient) would forget the span, so the old one stays."""
     peak = q.abs().amax()
     return torch.where(peak > 0, q / peak, start)
-
-
-def _product(p: Tensor, q: Tensor, shape: torch.Size) -> Tensor:
-    return torch.mm(p, q).view(shape)
 
 
 def _split_dense(buffer: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

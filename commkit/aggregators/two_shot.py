@@ -107,7 +107,7 @@ class TwoShot:
         }
         return [
             Aggregated(
-                self._decode(means, [s for s in shards if s.index == i], ctx),
+                partial(self._decode, means, [s for s in shards if s.index == i], ctx),
                 partial(self._decode, payloads, [s for s in shards if s.index == i], ctx),
                 comm.world_size,
             )

@@ -51,6 +51,10 @@ class ErrorFeedback:
         else:
             self._residuals.stage(key, compensated.sub_(sent))
 
+    def stage(self, key: str, residual: Tensor) -> None:
+        """Stage a residual that a fused path has worked out."""
+        self._residuals.stage(key, residual)
+
     def commit(self, ok: bool) -> None:
         self._residuals.commit(ok)
 

@@ -107,13 +107,14 @@ def test_noop_hands_back_the_input() -> None:
         assert {o.num_contributors for o in outcomes} == {1}
 
 
-def test_sent_is_made_when_somebody_asks() -> None:
-    """Without feedback nobody does, and nobody pays for decoding."""
+def test_sent_is_made_when_somebody_asks_and_not_kept() -> None:
+    """Without feedback nobody asks, and nobody pays; with it, one tensor at a time is in memory."""
 
     def body(comm: ThreadComm) -> None:
         xs = inputs(2)[comm.rank]
         for outcome in AllGather(Sign()).aggregate(xs, contexts(xs), comm):
             assert not isinstance(outcome._sent, torch.Tensor)
-            assert outcome.sent is outcome.sent
+            assert outcome.sent is not outcome.sent
+            assert torch.equal(outcome.sent, outcome.sent)
 
     run_threads(body, 2)

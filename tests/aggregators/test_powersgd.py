@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from commkit.aggregators import PowerSGD, lowrank
+from commkit.aggregators.lowrank import LowRank
 from commkit.schemes import powersgd
 from commkit.sim import ThreadComm, run_threads
 from commkit.types import NonFiniteError
@@ -216,3 +217,19 @@ def test_float32_and_float64_matrices_in_one_reduction() -> None:
     ]
     for outcomes in aggregate(everything, ranks):
         assert [o.mean.dtype for o in outcomes] == [torch.float64, torch.float32, torch.float64]
+
+
+def test_the_fused_path_equals_the_slow_one() -> None:
+    """Products that go straight into the gradient and the residual are those that are formed first."""
+    generator = torch.Generator().manual_seed(0)
+    p, q, own_q = (torch.randn(shape, generator=generator) for shape in ((24, 3), (3, 40), (3, 40)))
+    outcome = LowRank(p, q, own_q, torch.Size([24, 5, 8]), 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.empty(24, 5, 8, dtype=dtype)
+        outcome.mean_into(out)
+        assert torch.equal(out, outcome.mean.to(dtype))
+    delta = torch.randn(24, 5, 8, generator=generator)
+    slow = delta - outcome.sent
+    assert outcome.take_sent_from(delta)
+    # One rounding less than forming the product first: a few ulps of values of about 5.
+    torch.testing.assert_close(delta, slow, rtol=0, atol=5e-6)

@@ -1,0 +1,72 @@
+import json
+import re
+import sys
+
+import pytest
+
+from commkit import cli
+from commkit.registry import names
+
+
+def test_every_scheme_is_listed_with_measured_bytes(capsys):
+    assert cli.main(["schemes", "--json"]) == 0
+    cards = {card["name"]: card for card in json.loads(capsys.readouterr().out)}
+    assert sorted(cards) == names("scheme")
+    assert all(card["description"] and "DDP" in card["wrappers"] for card in cards.values())
+    assert cards["ddp"]["payload_bytes"] == 4_000_000
+    assert cards["ddp"]["wire_bytes"] == 4_000_000  # 2 (W-1)/W at W = 2
+    assert cards["noop"]["payload_bytes"] == cards["ddp"]["state_bytes"] == 0
+    assert cards["powersgd"]["payload_bytes"] == 4 * 4 * (1000 + 1000)  # rank 4, P and Q
+    assert cards["powersgd"]["state_bytes"] == pytest.approx(4 + 4 * 4 / 1000)
+    assert cards["sign"]["state_bytes"] == pytest.approx(4 + 4 / 2)
+    assert cards["powersgd"]["paper"] == "Vogels et al. 2019"
+    assert cards["compose"]["payload_bytes"] is None
+
+
+def test_schemes_are_a_table(capsys):
+    assert cli.main(["schemes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"name +payload/M", lines[0])
+    assert {line.split()[0] for line in lines[1 : len(names("scheme")) + 1]} == set(names("scheme"))
+
+
+def test_doctor_says_what_is_there(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"]
+    assert found["backends"]["gloo"] is True
+    assert set(found["kernels"].values()) <= {"pure-torch reference", "compiled"}
+    assert "labs" in found["netlab"]
+    assert cli.main(["doctor"]) == 0
+    assert "pure-torch reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["comprae"]])
+def test_unknown_command_lists_the_known(capsys, words):
+    assert cli.main(words) == 2
+    assert "schemes" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "compare" in capsys.readouterr().out
+
+
+def test_compare_without_a_checkout_says_how_to_get_one(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_CHECKOUT", tmp_path)
+    assert cli.main(["compare", "a.yaml"]) == 2
+    assert re.search(r"launch/.*clone the repository", capsys.readouterr().err)
+    assert cli.main(["doctor"]) == 0
+    assert "no launch/ directory" in capsys.readouterr().out
+
+
+def test_missing_tyro_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert cli.main(["schemes"]) == 2
+    assert "pip install 'commkit[report]'" in capsys.readouterr().err
+
+
+def test_compare_forwards_its_arguments(capsys, tmp_path):
+    words = ["configs/nothing.yaml", "--out", str(tmp_path), "--link", "none"]
+    assert cli.main(["compare", *words]) == 2
+    assert "config: 'configs/nothing.yaml' does not exist" in capsys.readouterr().err
