@@ -83,7 +83,7 @@ def markdown(rows: Sequence[Row], setting: Setting) -> str:
             for row in failures
             for error in row.errors
         ]
-        parts.append("## Failed\n\n" + "\n".join(lines))
+        parts.append("## Did not finish\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 

@@ -57,7 +57,7 @@ def test_table_has_ratios_and_dashes_for_the_unknown(tmp_path):
 def test_failures_are_told_with_their_reason(tmp_path):
     outcomes = [finished(tmp_path, "ddp"), failed(tmp_path, "bad", "IndexError: boom")]
     text = markdown(compare(outcomes), SETTING)
-    assert "## Failed\n\n- `bad`: 1 of 1 runs: IndexError: boom" in text
+    assert "## Did not finish\n\n- `bad`: 1 of 1 runs: IndexError: boom" in text
 
 
 @pytest.mark.parametrize(
