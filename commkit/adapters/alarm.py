@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 _POLL_S = 0.2
+_JOIN_S = 5.0
 
 
 class RankFailure(RuntimeError):
@@ -57,7 +58,11 @@ class Alarm:
         return failure if told["rank"] == self._rank else _failure_of(told)
 
     def close(self) -> None:
+        """Stop listening. Waits for the thread: one that is inside a store call when the interpreter ends
+        aborts the process."""
         self._stop.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_S)
 
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_S):

@@ -4,6 +4,7 @@ Ranks match collectives by the order of issue, so all of an attachment run on on
 which buckets became ready (the same everywhere), over a process group of their own.
 """
 
+import atexit
 import logging
 import queue
 import threading
@@ -16,6 +17,7 @@ from torch import Tensor
 from .alarm import Alarm, RankFailure
 
 _TICK_S = 0.2
+_EXIT_PATIENCE_S = 1.0  # a program that ends without close() may have peers that never answer
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +52,9 @@ class ReductionWorker:
         self._thread.start()
         self._watchdog.start()
         alarm.listen(self._fail)
+        atexit.register(
+            self._exit
+        )  # threads inside C++ when the interpreter ends abort the process
 
     @property
     def failure(self) -> RankFailure | None:
@@ -78,11 +83,20 @@ class ReductionWorker:
         return job.future.then(_value_or_raise)
 
     def close(self) -> None:
-        """Finish what is queued, then stop the threads. Returns at once after a failure."""
+        """Finish what is queued, then stop the threads. After a failure the reducing thread is left alone:
+        it may wait for a peer that is gone."""
+        atexit.unregister(self._exit)
+        self._stop(self._timeout_s)
+
+    def _exit(self) -> None:
+        self._stop(_EXIT_PATIENCE_S)
+
+    def _stop(self, patience_s: float) -> None:
         self._jobs.put(None)
         if self._failure is None:
-            self._thread.join(self._timeout_s)
+            self._thread.join(patience_s)
         self._closed.set()
+        self._watchdog.join()
         self._alarm.close()
 
     def _ready_event(self) -> torch.cuda.Event | None:

@@ -35,6 +35,8 @@ class LowRank(Aggregated):
             super().mean_into(out)
 
     def take_sent_from(self, compensated: Tensor) -> bool:
+        if not compensated.is_contiguous():
+            return False
         compensated.view(self._p.shape[0], -1).addmm_(self._p, self._own_q, alpha=-1)
         return True
 
