@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from launch import markdown
 from launch.rundir import RunDirectory, read_records
 
 _HEADER = (
@@ -57,20 +58,7 @@ def table(runs: Sequence[Run]) -> str:
     """
     baseline = runs[0]
     header = [*_HEADER, f"bytes / {baseline.name}", f"step time / {baseline.name}"]
-    rows = [header, *(_row(run, baseline) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    # The first column is text, the others are numbers and align right.
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    rows.insert(1, rule)
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in rows
-    )
+    return markdown.table([header, *(_row(run, baseline) for run in runs)])
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:

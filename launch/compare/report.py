@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import commkit
+from launch import markdown
 from launch.compare.analyse import TOLERANCE, Row, Run, Spread
 from launch.compare.plan import DDP, NOOP
 from launch.compare.plots import draw
@@ -91,18 +92,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown, one row a configuration. A column that nobody has a value for is left out."""
     columns = [column for column in _columns() if any(column[1](row) != "-" for row in rows)]
     cells = [[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    cells.insert(1, rule)
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in cells
-    )
+    return markdown.table(cells)
 
 
 def _columns() -> list[tuple[str, Callable[[Row], str]]]:
