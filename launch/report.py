@@ -7,8 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from launch import markdown
 from launch.rundir import RunDirectory, read_records
+from launch.tables import markdown_table
 
 _HEADER = (
     "run",
@@ -58,7 +58,7 @@ def table(runs: Sequence[Run]) -> str:
     """
     baseline = runs[0]
     header = [*_HEADER, f"bytes / {baseline.name}", f"step time / {baseline.name}"]
-    return markdown.table([header, *(_row(run, baseline) for run in runs)])
+    return markdown_table([header, *(_row(run, baseline) for run in runs)])
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import commkit
-from launch import markdown
 from launch.compare.analyse import TOLERANCE, Row, Run, Spread
 from launch.compare.plan import DDP, NOOP
 from launch.compare.plots import draw
 from launch.rundir import write_atomically
+from launch.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown, one row a configuration. A column that nobody has a value for is left out."""
     columns = [column for column in _columns() if any(column[1](row) != "-" for row in rows)]
     cells = [[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
-    return markdown.table(cells)
+    return markdown_table(cells)
 
 
 def _columns() -> list[tuple[str, Callable[[Row], str]]]:
