@@ -52,9 +52,8 @@ class ReductionWorker:
         self._thread.start()
         self._watchdog.start()
         alarm.listen(self._fail)
-        atexit.register(
-            self._exit
-        )  # threads inside C++ when the interpreter ends abort the process
+        # A thread that is inside C++ when the interpreter ends aborts the process.
+        atexit.register(self._exit)
 
     @property
     def failure(self) -> RankFailure | None:
@@ -83,10 +82,12 @@ class ReductionWorker:
         return job.future.then(_value_or_raise)
 
     def close(self) -> None:
-        """Finish what is queued, then stop the threads. After a failure the reducing thread is left alone:
+        """Finish what is queued, then stop the threads; what is submitted later fails. After a failure the reducing thread is left alone:
         it may wait for a peer that is gone."""
         atexit.unregister(self._exit)
         self._stop(self._timeout_s)
+        if self._failure is None:
+            self._failure = RankFailure("the attachment is closed; wrap the model in a new DDP")
 
     def _exit(self) -> None:
         self._stop(_EXIT_PATIENCE_S)

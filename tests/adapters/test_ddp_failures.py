@@ -132,6 +132,19 @@ def test_a_stuck_reduction_ends_at_its_timeout() -> None:
         assert 2.0 < took < 8.0
 
 
+def _closed(rank: int, world_size: int) -> str:
+    net = DDP(problem.model())
+    handle = commkit.attach(net, "ddp")
+    problem.train(net, range(2), rank)
+    handle.close()
+    handle.close()
+    return _refusal(lambda: problem.train(net, range(2, 3), rank))
+
+
+def test_a_backward_pass_after_close_raises() -> None:
+    assert all("attachment is closed" in message for message in run_ranks(_closed, 2))
+
+
 def _wrong_shape(rank: int, world_size: int) -> str:
     net = DDP(problem.model())
     handle = commkit.attach(net, "ddp")
