@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def save(
     state = _prefixed(f"{_PER_RANK}/{_rank(comm.rank)}/", flatten(own))
     state |= _prefixed(f"{_REDUCER}/{_rank(comm.rank)}/", reducer.state_dict())
     if comm.rank == 0:
-        common = {key: item.state_dict() for key, item in replicated.items()}
+        common = {key: _shared_state_of(item) for key, item in replicated.items()}
         state |= _prefixed(f"{_REPLICATED}/", flatten(common))
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -66,6 +66,13 @@ def save(
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     comm.barrier()
+
+
+def _shared_state_of(item: Stateful) -> dict[str, Any]:
+    """What is equal on all ranks: an optimizer that communicates has residuals besides, saved as the
+    reducer's."""
+    shared = getattr(item, "shared_state_dict", item.state_dict)
+    return cast(dict[str, Any], shared())
 
 
 def load(

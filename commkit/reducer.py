@@ -46,7 +46,15 @@ class Reducer:
         feedback: what becomes of the part left unsent.
         policy: which tensors are compressed, and from which step on.
         seed: base of shared randomness; equal on all ranks.
+
+    Attributes:
+        whole_step: the scheme must see all gradients of a step together (for their norm): adapters then
+            call :meth:`reduce` once, after backward, which hides nothing of the communication.
+        compressed: names that were compressed in the step that :meth:`end_step` closed last.
+        skipped: that step was not finite and has left no trace.
     """
+
+    whole_step = False
 
     def __init__(
         self,
@@ -60,7 +68,10 @@ class Reducer:
         self.policy = Policy() if policy is None else policy
         self.seed = seed
         self.step = 0
+        self.compressed: frozenset[str] = frozenset()
+        self.skipped = False
         self._reduced: set[str] = set()
+        self._compressed: set[str] = set()
         self._ok = True
         self._dense_bytes = 0
         self._contributors: int | None = None
@@ -85,6 +96,14 @@ class Reducer:
         Raises:
             RuntimeError: a name is reduced twice in a step.
         """
+        self._begin(named)
+        return self._reduce(named, self.compresses(named), comm, hold)
+
+    def compresses(self, named: Mapping[str, Tensor]) -> list[str]:
+        """The names that this step's reduction compresses."""
+        return [key for key, x in named.items() if self.policy.compresses(self._ctx(key, x))]
+
+    def _begin(self, named: Mapping[str, Tensor]) -> None:
         again = self._reduced.intersection(named)
         if again:
             raise RuntimeError(
@@ -93,9 +112,16 @@ class Reducer:
         self._reduced.update(named)
         self._dense_bytes += sum(x.numel() * x.element_size() for x in named.values())
 
+    def _reduce(
+        self,
+        named: Mapping[str, Tensor],
+        compressed: Collection[str],
+        comm: Comm,
+        hold: Collection[str] = (),
+    ) -> dict[str, Tensor]:
         ctxs = {key: self._ctx(key, x) for key, x in named.items()}
-        compressed = [key for key in named if self.policy.compresses(ctxs[key])]
-        dense = [key for key in named if not self.policy.compresses(ctxs[key])]
+        dense = [key for key in named if key not in compressed]
+        self._compressed.update(compressed)
         with record_function("commkit::reduce"):
             try:
                 results = self._reduce_compressed(compressed, named, ctxs, comm, hold)
@@ -125,6 +151,7 @@ class Reducer:
             num_contributors=self._contributors or 0,
             nonfinite=not self._ok,
         )
+        self.compressed, self.skipped = frozenset(self._compressed), not self._ok
         self.step += 1
         self._begin_step()
         return stats
@@ -147,6 +174,7 @@ class Reducer:
 
     def _begin_step(self) -> None:
         self._reduced.clear()
+        self._compressed.clear()
         self._ok, self._dense_bytes, self._contributors = True, 0, None
 
     def _ctx(self, key: str, x: Tensor) -> TensorCtx:
@@ -170,18 +198,18 @@ class Reducer:
         ]
         outcomes = self.aggregator.aggregate(deltas, [ctxs[key] for key in keys], comm)
         # A mean that fits float32 may not fit the gradient's dtype: then it cannot be delivered.
-        narrow = {
-            key: outcome.mean.to(named[key].dtype)
+        ready = {
+            key: self.feedback.deliver(outcome.mean, key).to(named[key].dtype)
             for key, outcome in zip(keys, outcomes, strict=True)
-            if named[key].dtype != ctxs[key].work_dtype
+            if self.feedback.changes_mean or named[key].dtype != ctxs[key].work_dtype
         }
-        require_finite(narrow.values())
+        require_finite(ready.values())
         for key, delta, outcome in zip(keys, deltas, outcomes, strict=True):
             self._contributed(outcome.num_contributors)
             if key not in hold:
                 self._update(key, delta, outcome)
-            if key in narrow:
-                named[key].copy_(narrow[key])
+            if key in ready:
+                named[key].copy_(ready[key])
             else:
                 outcome.mean_into(named[key])
         return {key: named[key] for key in keys}
@@ -190,7 +218,7 @@ class Reducer:
         feedback = self.feedback
         if isinstance(feedback, NoFeedback):
             return
-        if type(feedback) is ErrorFeedback and outcome.take_sent_from(delta):
+        if isinstance(feedback, ErrorFeedback) and outcome.take_sent_from(delta):
             feedback.stage(key, delta)
         else:
             feedback.update(delta, outcome.sent, key)
@@ -204,9 +232,7 @@ class Reducer:
     def _flush(self, keys: Collection[str], named: Mapping[str, Tensor]) -> None:
         """Tensors that are no longer compressed take their residual with them."""
         for key in filter(self.feedback.holds, keys):
-            whole = self.feedback.compensate(named[key], key)
-            named[key].copy_(whole)
-            self.feedback.update(whole, whole, key)
+            named[key].copy_(self.feedback.release(named[key], key))
 
     def _contributed(self, ranks: int) -> None:
         self._contributors = ranks if self._contributors is None else min(self._contributors, ranks)

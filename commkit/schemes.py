@@ -6,6 +6,7 @@ and its parameters are the block's other fields. Each call builds a fresh :class
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -14,6 +15,7 @@ from .aggregators import AllGather, AllReduce, Noop, PowerSGD, TwoShot
 from .compressors import BlockQuantize, Cast, NoCompression, RandomK, Sign, TopK
 from .config import ConfigError, build, load_yaml
 from .feedback import ErrorFeedback, NoFeedback
+from .optim import OptimizerScheme
 from .policy import Policy
 from .reducer import Reducer
 from .registry import register
@@ -213,7 +215,7 @@ def make_reducer(scheme: Scheme, knobs: Mapping[str, Any] | None = None) -> Redu
 
     Raises:
         ConfigError: unknown scheme or field, wrong type or value.
-        TypeError: parts that cannot go together, or knobs beside a Reducer.
+        TypeError: parts that cannot go together, knobs beside a Reducer, or a scheme that is an optimizer.
     """
     if isinstance(scheme, Reducer):
         if knobs:
@@ -221,14 +223,37 @@ def make_reducer(scheme: Scheme, knobs: Mapping[str, Any] | None = None) -> Redu
                 f"knobs {sorted(knobs)} have no effect on a Reducer; set them on its parts"
             )
         return scheme
+    made = make_scheme(scheme, knobs)
+    if isinstance(made, OptimizerScheme):
+        name = made.optimizer.__name__
+        raise TypeError(
+            f"scheme {_block(scheme)['name']!r} is an optimizer; build it and attach that: "
+            f"optimizer = commkit.optim.{name}(model.parameters(), lr=...); "
+            "commkit.attach(model, optimizer)"
+        )
+    return made
+
+
+def make_scheme(
+    scheme: str | Path | Mapping[str, Any], knobs: Mapping[str, Any] | None = None
+) -> Reducer | OptimizerScheme:
+    """As :func:`make_reducer`, also for schemes that are optimizers, which come still without parameters:
+    ``make_scheme("onebit_adam")(model.parameters(), lr=1e-3)``.
+
+    Raises:
+        ConfigError: unknown scheme or field, wrong type or value.
+        TypeError: parts that cannot go together.
+    """
     block = _block(scheme) | dict(knobs or {})
     seed = block.pop("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"scheme.seed={seed!r} must be an integer")
-    reducer = build("scheme", block, "scheme")
-    assert isinstance(reducer, Reducer)
-    reducer.seed = seed
-    return reducer
+    made = build("scheme", block, "scheme")
+    if isinstance(made, OptimizerScheme):
+        return dataclasses.replace(made, seed=seed)
+    assert isinstance(made, Reducer)
+    made.seed = seed
+    return made
 
 
 def _block(scheme: str | Path | Mapping[str, Any]) -> dict[str, Any]:

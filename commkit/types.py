@@ -111,17 +111,29 @@ class Compressor(ABC):
 
 @runtime_checkable
 class Feedback(Protocol):
-    """The only home of residuals. ``update`` stages; ``commit`` makes the step's changes real, or drops
-    all of them, so that a skipped step leaves no trace."""
+    """The only home of residuals. ``update`` and ``deliver`` stage; ``commit`` makes the step's changes
+    real, or drops all of them, so that a skipped step leaves no trace."""
+
+    @property
+    def changes_mean(self) -> bool:
+        """Whether :meth:`deliver` does anything at all."""
 
     def holds(self, key: str) -> bool:
-        """Whether anything of ``key`` is left unsent."""
+        """Whether anything of ``key`` is kept."""
 
     def compensate(self, x: Tensor, key: str) -> Tensor:
         """``x`` plus what was left unsent. The result is the feedback's to reuse in ``update``."""
 
     def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
         """Stage what is left unsent now."""
+
+    def deliver(self, mean: Tensor, key: str) -> Tensor:
+        """What the optimizer gets when ``mean`` is what arrived: the mean itself, unless differences to
+        an estimate were sent."""
+
+    def release(self, x: Tensor, key: str) -> Tensor:
+        """``x`` and all that it left unsent, for a tensor that goes densely from now on; stages that
+        nothing is kept of it."""
 
     def commit(self, ok: bool) -> None: ...
 

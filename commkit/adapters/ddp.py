@@ -1,12 +1,11 @@
-"""DistributedDataParallel: ``attach`` and the raw ``(state, hook)`` pair.
+"""DistributedDataParallel: the communication hook, and the raw ``(state, hook)`` pair.
 
 No ``from __future__ import annotations`` here: DDP compares the hook's annotations with classes.
 """
 
 import dataclasses
 import time
-import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ from ..metrics import StepStats
 from ..reducer import Reducer
 from ..schemes import Scheme, make_reducer
 from ..types import StateDict
-from .agreement import agree
+from .agreement import agree_to_attach, mark_attached, require_group, trainable_parameters
 from .alarm import Alarm
+from .loss_scale import GradScaler, scale_of, unscaled, write_back
+from .meter import StepMeter
 from .worker import ReductionWorker
 
-_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _attachments = 0
 
 
@@ -46,6 +46,7 @@ class Handle:
         device: torch.device,
         may_skip_parameters: bool,
         timeout_s: float,
+        grad_scaler: GradScaler | None = None,
     ) -> None:
         global _attachments
         _attachments += 1
@@ -55,9 +56,10 @@ class Handle:
         self._may_skip_parameters = may_skip_parameters
         self._private_comm = DistComm(new_group_like(group, timeout_s))
         self._worker = ReductionWorker(Alarm(group, str(_attachments)), timeout_s, device)
+        self._scaler = grad_scaler
+        self._waiting: dict[str, Tensor] = {}
         self._last_step = StepStats()
-        self._before = dataclasses.replace(self._private_comm.bytes)
-        self._reduce_seconds = 0.0
+        self._meter = StepMeter(self._private_comm)
 
     @property
     def last_step(self) -> StepStats:
@@ -92,6 +94,11 @@ class Handle:
             self._names[parameter]: gradient
             for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
         }
+        if self.reducer.whole_step:
+            self._waiting.update(named)
+            if not is_last:
+                return self._worker.hold(buffer)
+            named, self._waiting = self._waiting, {}
         return self._worker.submit(lambda: self._reduce(named, buffer, is_last, called), buffer)
 
     def _reduce(
@@ -99,29 +106,14 @@ class Handle:
     ) -> Tensor:
         start = time.perf_counter()
         hold = _unused(named) if self._may_skip_parameters else ()
-        results = self.reducer.reduce(named, self._private_comm, hold)
-        for key, result in results.items():
-            if result.data_ptr() != named[key].data_ptr():
-                named[key].copy_(result)
+        scale = scale_of(self._scaler)
+        results = self.reducer.reduce(unscaled(named, scale), self._private_comm, hold)
+        write_back(results, named, scale)
         end = time.perf_counter()
-        self._reduce_seconds += end - start
+        self._meter.add(end - start)
         if is_last:
-            self._end_step(exposed=end - called)
+            self._last_step = self._meter.close(self.reducer.end_step(), exposed=end - called)
         return buffer
-
-    def _end_step(self, exposed: float) -> None:
-        now, before = self._private_comm.bytes, self._before
-        self._last_step = dataclasses.replace(
-            self.reducer.end_step(),
-            payload_bytes=now.payload_bytes - before.payload_bytes,
-            wire_bytes=now.wire_bytes - before.wire_bytes,
-            rounds=now.rounds - before.rounds,
-            comm_seconds=now.seconds - before.seconds,
-            reduce_seconds=self._reduce_seconds,
-            exposed_comm_seconds=exposed,
-        )
-        self._before = dataclasses.replace(now)
-        self._reduce_seconds = 0.0
 
 
 def ddp_hook(
@@ -132,43 +124,23 @@ def ddp_hook(
     return state.submit(bucket)
 
 
-def attach(
-    model: DistributedDataParallel, scheme: Scheme, timeout_s: float = 1800.0, **knobs: Any
+def attach_ddp(
+    model: DistributedDataParallel,
+    make: Callable[[], Reducer],
+    grad_scaler: GradScaler | None,
+    timeout_s: float,
 ) -> Handle:
-    """Reduce a DDP model's gradients with ``scheme`` from now on.
-
-    Collective over the model's process group. Call it once, before the first backward pass (or between
-    two), with the same arguments on every rank.
-
-    Args:
-        model: a DistributedDataParallel module.
-        scheme: a scheme's name, a mapping ``{name: ..., ...}``, a path to a YAML file, or a Reducer.
-        timeout_s: seconds after which a stuck reduction raises on all ranks.
-        knobs: fields of the scheme, e.g. ``rank=4``.
-
-    Raises:
-        ConfigError: unknown scheme or field, or a value out of range.
-        TypeError: not a DDP module, or parts that cannot go together.
-        RuntimeError: attached before, or ranks disagree (the differing field is named).
-        ValueError: sparse gradients, or DDP options that use the hook themselves.
-
-    If any rank is refused, every rank raises.
-    """
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            f"attach needs a DistributedDataParallel module, got {type(model).__name__}; wrap the model "
-            "in torch.nn.parallel.DistributedDataParallel first"
-        )
-    handle, hook = ddp_comm_hook(
+    """See :func:`commkit.attach`."""
+    handle = _handle(
         model,
-        scheme,
-        process_group=model.process_group,
-        timeout_s=timeout_s,
-        may_skip_parameters=model.find_unused_parameters or model.static_graph,
-        **knobs,
+        make,
+        model.process_group,
+        grad_scaler,
+        timeout_s,
+        model.find_unused_parameters or model.static_graph,
     )
-    model.register_comm_hook(handle, hook)
-    _attached.add(model)
+    model.register_comm_hook(handle, ddp_hook)
+    mark_attached(model)
     return handle
 
 
@@ -176,6 +148,7 @@ def ddp_comm_hook(
     module: nn.Module,
     scheme: Scheme,
     process_group: dist.ProcessGroup | None = None,
+    grad_scaler: GradScaler | None = None,
     timeout_s: float = 1800.0,
     may_skip_parameters: bool = True,
     **knobs: Any,
@@ -184,69 +157,55 @@ def ddp_comm_hook(
 
     Args:
         module: the model, wrapped in DDP or not; its parameter names key the state.
-        scheme: as for :func:`attach`.
+        scheme: as for :func:`commkit.attach`.
         process_group: DDP's group; None is the default group.
-        timeout_s: as for :func:`attach`.
+        grad_scaler: as for :func:`commkit.attach`.
+        timeout_s: as for :func:`commkit.attach`.
         may_skip_parameters: whether a step may leave parameters unused (``find_unused_parameters`` or
             ``static_graph``); costs one pass over the gradients.
         knobs: fields of the scheme.
 
     Raises:
-        The same as :func:`attach`.
+        The same as :func:`commkit.attach`.
     """
-    group = process_group if process_group is not None else dist.group.WORLD
-    if group is None:
-        raise RuntimeError("torch.distributed is not initialised; call init_process_group() first")
-    error: Exception | None = None
-    fingerprint: dict[str, Any] = {}
-    try:
-        if module in _attached:
-            raise RuntimeError(
-                "the model is attached already; attach once, or wrap it in a new DDP"
-            )
-        inner = module.module if isinstance(module, DistributedDataParallel) else module
-        reducer = make_reducer(scheme, knobs)
-        parameters = _reduced_parameters(module, inner)
-        fingerprint = {
-            "scheme": reducer.spec(),
-            "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in parameters},
-            "step": reducer.step,
-        }
-    except Exception as caught:
-        error = caught
-    agree(DistComm(group), fingerprint, error)
+    handle = _handle(
+        module,
+        lambda: make_reducer(scheme, knobs),
+        process_group,
+        grad_scaler,
+        timeout_s,
+        may_skip_parameters,
+    )
+    return handle, ddp_hook
 
+
+def _handle(
+    module: nn.Module,
+    make: Callable[[], Reducer],
+    process_group: dist.ProcessGroup | None,
+    grad_scaler: GradScaler | None,
+    timeout_s: float,
+    may_skip_parameters: bool,
+) -> Handle:
+    group = require_group(process_group)
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    reducer, parameters = agree_to_attach(
+        module, DistComm(group), make, lambda: _reduced_parameters(module, inner)
+    )
     names = WeakTensorKeyDictionary()
-    for name, parameter in parameters:
+    for name, parameter in parameters.items():
         names[parameter] = name
-    device = parameters[0][1].device
-    return Handle(reducer, names, group, device, may_skip_parameters, timeout_s), ddp_hook
+    device = next(iter(parameters.values())).device
+    return Handle(reducer, names, group, device, may_skip_parameters, timeout_s, grad_scaler)
 
 
-def _reduced_parameters(module: nn.Module, inner: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that DDP reduces."""
+def _reduced_parameters(module: nn.Module, inner: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that DDP reduces, by name."""
     if getattr(module, "mixed_precision", None) is not None:
         raise ValueError(
             "DDP(mixed_precision=...) registers a hook of its own; use torch.autocast instead"
         )
-    for name, child in inner.named_modules():
-        if getattr(child, "sparse", False) and isinstance(child, nn.Embedding | nn.EmbeddingBag):
-            raise ValueError(
-                f"module {name!r} has sparse=True; sparse gradients cannot be compressed, "
-                "use sparse=False"
-            )
-    parameters = [(n, p) for n, p in inner.named_parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError(
-            "the model has no parameter with requires_grad=True, so there is nothing to reduce; "
-            "unfreeze one"
-        )
-    devices = {p.device for _, p in parameters}
-    if len(devices) > 1:
-        raise ValueError(
-            f"parameters are on several devices ({sorted(map(str, devices))}); use one"
-        )
-    return parameters
+    return trainable_parameters(inner)
 
 
 def _unused(named: dict[str, Tensor]) -> Collection[str]:

@@ -39,6 +39,7 @@ class ReductionWorker:
         self._device = device
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: dict[int, _Job] = {}
+        self._held: list[_Job] = []
         self._lock = threading.Lock()
         self._failure: RankFailure | None = None
         self._count = 0
@@ -65,6 +66,20 @@ class ReductionWorker:
         Returns:
             A Future that completes with the result, or raises :class:`RankFailure` when it is waited on.
         """
+        job = self._job(reduce, like)
+        job.carries, self._held = self._held, []
+        if self._failure is None:
+            self._jobs.put(job)
+        # Future.set_exception reaches DDP as a cast error, so exceptions travel as values until here.
+        return job.future.then(_value_or_raise)
+
+    def hold(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
+        """A Future that completes with ``buffer`` when what is submitted next is done."""
+        job = self._job(lambda: buffer, buffer)
+        self._held.append(job)
+        return job.future.then(_value_or_raise)
+
+    def _job(self, reduce: Callable[[], Tensor], like: Tensor) -> "_Job":
         devices: list[int | str | torch.device] | None = (
             [self._device] if self._stream is not None else None
         )
@@ -76,10 +91,7 @@ class ReductionWorker:
                 self._pending[job.number] = job
         if self._failure is not None:
             job.finish(self._failure)
-        else:
-            self._jobs.put(job)
-        # Future.set_exception reaches DDP as a cast error, so exceptions travel as values until here.
-        return job.future.then(_value_or_raise)
+        return job
 
     def close(self) -> None:
         """Finish what is queued, then stop the threads; what is submitted later fails. After a failure the reducing thread is left alone:
@@ -124,7 +136,8 @@ class ReductionWorker:
             try:
                 if stream is not None and job.ready is not None:
                     stream.wait_event(job.ready)
-                    job.like.record_stream(stream)
+                    for each in (job, *job.carries):
+                        each.like.record_stream(stream)
                 result = job.reduce()
                 _check(result, job.like)
             except BaseException as error:  # whatever it was, the peers must hear of it
@@ -133,8 +146,11 @@ class ReductionWorker:
                 self._fail(self._alarm.ring(failure))
             else:
                 with self._lock:
-                    self._pending.pop(job.number, None)
+                    for each in (job, *job.carries):
+                        self._pending.pop(each.number, None)
                 job.finish(result)
+                for carried in job.carries:
+                    carried.finish(carried.like)
 
     def _fail(self, failure: RankFailure) -> None:
         with self._lock:
@@ -154,7 +170,8 @@ class ReductionWorker:
 
 
 class _Job:
-    """A queued reduction. ``finish`` completes the Future once; later calls do nothing."""
+    """A queued reduction. ``finish`` completes the Future once; later calls do nothing. ``carries`` are
+    jobs whose buffers it reduces too."""
 
     def __init__(
         self,
@@ -168,6 +185,7 @@ class _Job:
         self.like = like
         self.ready = ready
         self.number = 0
+        self.carries: list[_Job] = []
         self.queued = time.monotonic()
         self._lock = threading.Lock()
 

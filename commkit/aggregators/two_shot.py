@@ -62,6 +62,11 @@ class TwoShot:
                 f"two_shot needs payloads of a fixed size but {type(self.compressor).__name__} has "
                 "fixed_size=False; use a compressor whose payload_bytes depends on the shape alone"
             )
+        if self.server_feedback.changes_mean:
+            raise TypeError(
+                f"server_feedback {type(self.server_feedback).__name__} sends differences to an estimate, "
+                "which the ranks would have to add up; use error_feedback at the server"
+            )
         if self.granule < 8:
             raise ValueError(f"granule={self.granule} must be >= 8; use for example 4096")
 

@@ -1,10 +1,13 @@
 """What was left unsent: the only home of residuals, and of their arithmetic."""
 
 from ..registry import import_all
+from .econtrol import EControl
+from .ef21 import EF21
 from .error_feedback import ErrorFeedback
+from .momentum_correction import MomentumCorrection
 from .none import NoFeedback
 from .staged import StagedTensors
 
 import_all(__name__, __path__)
 
-__all__ = ["ErrorFeedback", "NoFeedback", "StagedTensors"]
+__all__ = ["EF21", "EControl", "ErrorFeedback", "MomentumCorrection", "NoFeedback", "StagedTensors"]

@@ -18,14 +18,32 @@ from .staged import StagedTensors
 @register("feedback", "error_feedback")
 @dataclass(slots=True)
 class ErrorFeedback:
-    """``delta = x + e; send C(delta); e = delta - sent`` (Seide et al. 2014; Karimireddy et al. 2019).
+    """``delta = decay e + x; send C(delta); e = delta - sent`` (Seide et al. 2014; Karimireddy et al. 2019).
 
-    Sum of everything sent plus the residual equals the sum of everything put in. Residuals are this
-    rank's own, in float32 (float64 for float64 gradients): 4 bytes per compressed element, and another 4
-    between a reduction and the end of its step, so that a step that is given up leaves them untouched.
+    Without decay, the sum of everything sent plus the residual equals the sum of everything put in.
+    Residuals are this rank's own, in float32 (float64 for float64 gradients): 4 bytes per compressed
+    element, and another 4 between a reduction and the end of its step, so that a step that is given up
+    leaves them untouched.
+
+    Args:
+        decay: share of the residual that is carried on. 1 loses nothing. Below 1 the residual is a
+            momentum from which everything sent is subtracted (DeMo, Peng et al. 2024: 0.999), or forgets
+            what is stale.
+
+    Raises:
+        ValueError: decay outside (0, 1].
     """
 
+    decay: float = 1.0
     _residuals: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay={self.decay} must be in (0, 1]; use 1 to lose nothing")
+
+    @property
+    def changes_mean(self) -> bool:
+        return False
 
     def holds(self, key: str) -> bool:
         return key in self._residuals
@@ -41,7 +59,9 @@ class ErrorFeedback:
                 f"residual of {key!r} has shape {tuple(residual.shape)} but the tensor has "
                 f"{tuple(x.shape)}; load state of the same model, or start without it"
             )
-        return torch.add(residual, x)
+        if self.decay == 1:
+            return torch.add(residual, x)
+        return torch.add(x, residual, alpha=self.decay)
 
     def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
         """Stage ``e = compensated - sent``, in the memory of ``compensated``. ``sent is compensated``
@@ -50,6 +70,14 @@ class ErrorFeedback:
             self._residuals.stage(key, None)
         else:
             self._residuals.stage(key, compensated.sub_(sent))
+
+    def deliver(self, mean: Tensor, key: str) -> Tensor:
+        return mean
+
+    def release(self, x: Tensor, key: str) -> Tensor:
+        whole = self.compensate(x, key)
+        self._residuals.stage(key, None)
+        return whole
 
     def stage(self, key: str, residual: Tensor) -> None:
         """Stage a residual that a fused path has worked out."""

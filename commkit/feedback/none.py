@@ -17,6 +17,10 @@ from ..types import StateDict
 class NoFeedback:
     """Keeps nothing: for unbiased or lossless compressors."""
 
+    @property
+    def changes_mean(self) -> bool:
+        return False
+
     def holds(self, key: str) -> bool:
         return False
 
@@ -25,6 +29,12 @@ class NoFeedback:
 
     def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
         pass
+
+    def deliver(self, mean: Tensor, key: str) -> Tensor:
+        return mean
+
+    def release(self, x: Tensor, key: str) -> Tensor:
+        return x
 
     def commit(self, ok: bool) -> None:
         pass

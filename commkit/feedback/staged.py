@@ -22,6 +22,10 @@ class StagedTensors:
     def get(self, key: str) -> Tensor | None:
         return self._current.get(key)
 
+    def staged(self, key: str) -> Tensor | None:
+        """What will take the place of the tensor; None: nothing was staged, or its removal."""
+        return self._staged.get(key)
+
     def stage(self, key: str, value: Tensor | None) -> None:
         """``value`` replaces the tensor at ``commit(True)``; None removes it."""
         self._staged[key] = value
@@ -52,3 +56,39 @@ class StagedTensors:
         """Replace everything by copies of ``state``'s tensors."""
         self._staged.clear()
         self._current = {key: value.detach().clone() for key, value in state.items()}
+
+
+_BETWEEN = "::"  # not a part of any parameter's name
+
+
+def joined(plain: StagedTensors, others: Mapping[str, StagedTensors]) -> StateDict:
+    """One state: ``plain`` under parameter names, each of ``others`` under ``WHAT::NAME``."""
+    state = plain.state_dict()
+    for what, tensors in others.items():
+        state |= {f"{what}{_BETWEEN}{name}": value for name, value in tensors.items()}
+    return state
+
+
+def parted(
+    state: Mapping[str, Tensor], plain: StagedTensors, others: Mapping[str, StagedTensors]
+) -> None:
+    """Load what :func:`joined` made.
+
+    Raises:
+        ValueError: an entry that belongs to none of them.
+    """
+    parts: dict[str, StateDict] = {what: {} for what in others}
+    rest: StateDict = {}
+    for key, value in state.items():
+        what, between, name = key.partition(_BETWEEN)
+        if not between:
+            rest[key] = value
+        elif what in parts:
+            parts[what][name] = value
+        else:
+            raise ValueError(
+                f"state {key!r} belongs to another feedback; resume with the scheme that saved it"
+            )
+    plain.load_state_dict(rest)
+    for what, tensors in others.items():
+        tensors.load_state_dict(parts[what])

@@ -1,0 +1,116 @@
+"""Plain modules: gradients are reduced when the optimizer steps.
+
+For models that no wrapper reduces: on any backend, with any number of backward passes before the step.
+Nothing of the communication is hidden behind backward.
+"""
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..comm import DistComm, new_group_like
+from ..metrics import StepStats
+from ..reducer import Reducer
+from ..types import StateDict
+from .agreement import agree_to_attach, mark_attached, require_group, trainable_parameters
+from .loss_scale import write_back
+from .meter import StepMeter
+
+
+class StepHandle:
+    """An attachment to an optimizer's step. Attributes and methods are those of
+    :class:`~commkit.Handle`."""
+
+    def __init__(
+        self,
+        reducer: Reducer,
+        parameters: dict[str, nn.Parameter],
+        optimizer: Optimizer,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+    ) -> None:
+        self.reducer = reducer
+        self.comm = DistComm(group)
+        self._private_comm = DistComm(new_group_like(group, timeout_s))
+        self._parameters = parameters
+        self._meter = StepMeter(self._private_comm)
+        self._last_step = StepStats()
+        self._registration = optimizer.register_step_pre_hook(self._reduce)
+
+    @property
+    def last_step(self) -> StepStats:
+        return dataclasses.replace(self._last_step, residual_norm=self.reducer.feedback.norm())
+
+    @property
+    def failure(self) -> Exception | None:
+        return None
+
+    def state_dict(self) -> StateDict:
+        return self.reducer.state_dict()
+
+    def load_state_dict(self, state: StateDict) -> None:
+        self.reducer.load_state_dict(state)
+
+    def close(self) -> None:
+        """Steps reduce nothing from now on."""
+        self._registration.remove()
+
+    @torch.no_grad()
+    def _reduce(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if any(arg is not None for arg in (*args, *kwargs.values())):
+            raise RuntimeError(
+                "gradients are reduced before the step, and a closure computes them inside it; call "
+                "backward first and step() without a closure"
+            )
+        start = time.perf_counter()
+        for p in self._parameters.values():
+            if p.grad is None:  # a rank that skips a collective would hang the others
+                p.grad = torch.zeros_like(p)
+        named = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        write_back(self.reducer.reduce(dict(named), self._private_comm), named, 1.0)
+        seconds = time.perf_counter() - start
+        self._meter.add(seconds)
+        self._last_step = self._meter.close(self.reducer.end_step(), exposed=seconds)
+
+
+def attach_at_step(
+    model: nn.Module,
+    make: Callable[[], Reducer],
+    optimizer: Optimizer,
+    process_group: dist.ProcessGroup | None,
+    timeout_s: float,
+) -> StepHandle:
+    """See :func:`commkit.attach`."""
+    group = require_group(process_group)
+
+    def parameters() -> dict[str, nn.Parameter]:
+        found = trainable_parameters(model)
+        _refuse_wrapped(found)
+        return found
+
+    reducer, found = agree_to_attach(model, DistComm(group), make, parameters)
+    handle = StepHandle(reducer, found, optimizer, group, timeout_s)
+    mark_attached(model)
+    return handle
+
+
+def _refuse_wrapped(parameters: Mapping[str, nn.Parameter]) -> None:
+    """A DDP around the model would average gradients before they are reduced here: everything would be
+    sent twice, once in full."""
+    ours = {id(p) for p in parameters.values()}
+    for thing in gc.get_objects():
+        if isinstance(thing, DistributedDataParallel) and any(
+            id(p) in ours for p in thing.parameters()
+        ):
+            raise RuntimeError(
+                "a DistributedDataParallel around this model all-reduces its gradients already; attach "
+                "to the DDP module, commkit.attach(ddp_model, ...), or do not wrap the model"
+            )

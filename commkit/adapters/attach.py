@@ -1,0 +1,111 @@
+"""``commkit.attach``: one call for whatever the model is wrapped in."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..feedback import MomentumCorrection
+from ..optim import CommOptimizer
+from ..reducer import Reducer
+from ..schemes import Scheme, make_reducer
+from .at_step import StepHandle, attach_at_step
+from .ddp import Handle, attach_ddp
+from .loss_scale import GradScaler
+
+
+def attach(
+    model: nn.Module,
+    scheme: "Scheme | Optimizer",
+    optimizer: Optimizer | None = None,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    grad_scaler: GradScaler | None = None,
+    timeout_s: float = 1800.0,
+    **knobs: Any,
+) -> "Handle | StepHandle":
+    """Reduce a model's gradients with ``scheme`` from now on.
+
+    Collective over the process group. Call it once, before the first backward pass (or between two), with
+    the same arguments on every rank.
+
+    Args:
+        model: a DistributedDataParallel module: reductions overlap with backward. Or a plain module:
+            reductions happen when ``optimizer`` steps.
+        scheme: a scheme's name, a mapping ``{name: ..., ...}``, a path to a YAML file, a Reducer, or one of
+            ``commkit.optim`` (also inside a ZeroRedundancyOptimizer where the class supports it).
+        optimizer: the one that applies the gradients. Needed for a plain module; otherwise given to be
+            checked against the scheme.
+        process_group: of a plain module; None is the default group. DDP brings its own.
+        grad_scaler: the GradScaler of fp16 training, so that residuals and momenta are kept in the units of
+            unscaled gradients while the scale changes.
+        timeout_s: seconds after which a stuck reduction raises on all ranks.
+        knobs: fields of the scheme, e.g. ``rank=4``.
+
+    Raises:
+        ConfigError: unknown scheme or field, or a value out of range.
+        TypeError: parts that cannot go together, or a plain module without an optimizer.
+        RuntimeError: attached before, or ranks disagree (the differing field is named), or a DDP around a
+            plain module reduces its gradients already.
+        ValueError: sparse gradients, DDP options that use the hook themselves, or an optimizer that does
+            what the scheme does too.
+
+    If any rank is refused, every rank raises.
+    """
+    owner = _communicating(scheme)
+    if isinstance(scheme, Optimizer):
+        if owner is None:
+            raise TypeError(
+                f"attach got {type(scheme).__name__} as its scheme, which does not communicate; write "
+                "attach(model, 'powersgd', optimizer), or use an optimizer of commkit.optim"
+            )
+        if optimizer is not None and optimizer is not scheme:
+            raise TypeError(
+                f"attach got two optimizers; {type(owner).__name__} steps by itself, leave the other out"
+            )
+        optimizer, scheme = scheme, owner.reducer
+
+    def make() -> Reducer:
+        reducer = make_reducer(scheme, knobs)
+        if optimizer is not None:
+            _refuse_double_momentum(reducer, optimizer)
+        return reducer
+
+    if isinstance(model, DistributedDataParallel):
+        if process_group is not None and process_group is not model.process_group:
+            raise TypeError("process_group is DDP's own; leave it out")
+        return attach_ddp(model, make, grad_scaler, timeout_s)
+    if optimizer is None:
+        raise TypeError(
+            f"attach needs a DistributedDataParallel module, got {type(model).__name__}; wrap the model "
+            "in torch.nn.parallel.DistributedDataParallel first, or give the optimizer at whose step "
+            "the gradients are to be reduced"
+        )
+    if grad_scaler is not None:
+        raise TypeError(
+            "a GradScaler skips the step on the rank that overflowed, where the others would wait for it; "
+            "wrap the model in DistributedDataParallel, or train in bf16"
+        )
+    return attach_at_step(
+        model, make, optimizer if owner is None else owner, process_group, timeout_s
+    )
+
+
+def _communicating(scheme: object) -> CommOptimizer | None:
+    """The optimizer of ours that ``scheme`` is, or that a ZeroRedundancyOptimizer has inside."""
+    inner = getattr(scheme, "optim", scheme)
+    return inner if isinstance(inner, CommOptimizer) else None
+
+
+def _refuse_double_momentum(reducer: Reducer, optimizer: Optimizer) -> None:
+    if not isinstance(reducer.feedback, MomentumCorrection):
+        return
+    for group in optimizer.param_groups:
+        momentum = group.get("momentum", 0)
+        if momentum and not isinstance(optimizer, CommOptimizer):
+            raise ValueError(
+                f"the optimizer's momentum={momentum} and momentum correction would apply momentum twice; "
+                "set the optimizer's to 0, or use commkit.optim.DGCSGD"
+            )

@@ -1,0 +1,114 @@
+"""Momentum correction: sparse messages accumulate the velocity, not the gradient (Deep Gradient
+Compression)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..ops import two_norm
+from ..registry import register
+from ..types import StateDict
+from .staged import StagedTensors, joined, parted
+
+_VELOCITY = "velocity"
+
+
+@register("feedback", "momentum_correction")
+@dataclass(slots=True)
+class MomentumCorrection:
+    """``u = mu u + g; v = v + u; send C(v); v = v - sent; u = 0 where something was sent`` (Lin et al.
+    2018, equations 4 and 5, algorithm 4).
+
+    It takes the place of the optimizer's momentum, which must be 0. State: the velocity u and the unsent v,
+    8 bytes per compressed element, and as much again between a reduction and the end of its step.
+
+    Args:
+        momentum: mu, the optimizer's momentum of a dense run.
+        nesterov: ``u = mu (u + g); v = v + u + g``.
+        masking: momentum factor masking: coordinates just sent lose their velocity, so that stale momentum
+            does not push them on. Off, nothing is ever lost: sum of sent plus v is the sum of all u.
+
+    Raises:
+        ValueError: momentum outside [0, 1).
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    masking: bool = True
+    _unsent: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
+    _velocity: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
+    # Where a velocity comes from that dense steps have built up; the optimizer's business.
+    initial_velocity: Callable[[str], Tensor | None] = field(
+        default=lambda key: None, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must be in [0, 1); use for example 0.9")
+
+    @property
+    def changes_mean(self) -> bool:
+        return False
+
+    def holds(self, key: str) -> bool:
+        return key in self._unsent or key in self._velocity
+
+    def compensate(self, x: Tensor, key: str) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        g = x.to(dtype)
+        u = self._velocity.get(key)
+        if u is None:
+            u = self.initial_velocity(key)
+        if u is not None and u.shape != x.shape:
+            raise ValueError(
+                f"velocity of {key!r} has shape {tuple(u.shape)} but the tensor has "
+                f"{tuple(x.shape)}; load state of the same model, or start without it"
+            )
+        if u is None:
+            velocity = g * self.momentum if self.nesterov else g.clone()
+        elif self.nesterov:
+            velocity = torch.add(u, g).mul_(self.momentum)
+        else:
+            velocity = torch.add(g, u, alpha=self.momentum)
+        self._velocity.stage(key, velocity)
+        unsent = self._unsent.get(key)
+        total = velocity.clone() if unsent is None else unsent + velocity
+        return total.add_(g) if self.nesterov else total
+
+    def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
+        """Stage what is unsent, in the memory of ``compensated``, and the masked velocity."""
+        velocity = self._velocity.staged(key)
+        assert velocity is not None, "compensate() comes first"
+        if self.masking:
+            velocity.masked_fill_(sent != 0, 0)
+        self._unsent.stage(key, None if sent is compensated else compensated.sub_(sent))
+
+    def deliver(self, mean: Tensor, key: str) -> Tensor:
+        return mean
+
+    def release(self, x: Tensor, key: str) -> Tensor:
+        """The last message of a tensor, with everything unsent. Its velocity ends here: the momentum of
+        dense steps is the optimizer's and starts anew."""
+        whole = self.compensate(x, key)
+        self._unsent.stage(key, None)
+        self._velocity.stage(key, None)
+        return whole
+
+    def commit(self, ok: bool) -> None:
+        self._unsent.commit(ok)
+        self._velocity.commit(ok)
+
+    def norm(self) -> float:
+        return math.hypot(*(float(two_norm(v)) for v in self._unsent.values()))
+
+    def state_dict(self) -> StateDict:
+        """The unsent by parameter name, and ``velocity::NAME``."""
+        return joined(self._unsent, {_VELOCITY: self._velocity})
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        parted(state, self._unsent, {_VELOCITY: self._velocity})

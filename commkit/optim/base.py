@@ -1,0 +1,250 @@
+"""What optimizers that communicate share: a Reducer of their own, names, and honest state."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..feedback import NoFeedback
+from ..policy import Policy
+from ..reducer import Reducer
+from ..types import Aggregator, Comm, Feedback
+
+Parameters: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]]"
+
+_REDUCER, _RANK, _WORLD_SIZE = "reducer", "rank", "world_size"
+
+
+class CommOptimizer(Optimizer):
+    """An optimizer that decides what is sent in place of gradients, and applies what arrives.
+
+    ``commkit.attach(model, optimizer)`` connects it; from then on backward leaves in ``p.grad`` what
+    :meth:`step` applies. Everything else is an ordinary optimizer: schedulers, parameter groups, closures,
+    ``torch.distributed.optim.ZeroRedundancyOptimizer`` around it where the class says so.
+
+    Args:
+        params: as for any optimizer. Frozen parameters are left alone.
+        defaults: of the parameter groups.
+        reducer: how things travel.
+
+    Attributes:
+        reducer: the scheme at work.
+    """
+
+    supports_zero = False
+
+    def __init__(
+        self, params: Parameters, defaults: dict[str, Any], reducer: OptimizerReducer
+    ) -> None:
+        super().__init__(params, defaults)
+        self.reducer = reducer
+        reducer.optimizer = self
+        self.comm: Comm | None = None
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._groups: dict[str, dict[str, Any]] = {}
+
+    @property
+    def attached(self) -> bool:
+        return self.comm is not None
+
+    def bind(self, parameters: Mapping[str, nn.Parameter], comm: Comm) -> None:
+        """Learn the names of all parameters whose gradients are reduced, and the ranks. Called by
+        ``attach``; ``comm`` is for the training thread.
+
+        Raises:
+            ValueError: the optimizer has a trainable parameter that is not among them.
+        """
+        names = {parameter: name for name, parameter in parameters.items()}
+        groups: dict[str, dict[str, Any]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and p not in names:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} is in the optimizer but not in the "
+                        "model; build the optimizer from the model that is attached"
+                    )
+                if p in names:
+                    groups[names[p]] = group
+        if len(groups) < len(parameters) and not self.supports_zero:
+            missing = min(set(parameters) - set(groups))
+            raise ValueError(
+                f"parameter {missing!r} of the model is not in the optimizer, and "
+                f"{type(self).__name__} must hold all; add it, or freeze it"
+            )
+        self._parameters, self._groups, self.comm = dict(parameters), groups, comm
+
+    def outgoing(
+        self, named: dict[str, Tensor], compressed: Collection[str], comm: Comm
+    ) -> dict[str, Tensor]:
+        """What is sent in place of the gradients ``named``, which may be overwritten: any shapes; a name
+        left out is not sent. Called on every rank for the same names in the same order, on the reducing
+        thread."""
+        return named
+
+    def incoming(
+        self, results: dict[str, Tensor], named: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Results of :meth:`outgoing`'s tensors in the shapes of ``named``, all names."""
+        return results
+
+    def set_up(self) -> None:
+        """What takes all ranks together, once, after they agreed to attach."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Apply what backward left in ``p.grad``. A step whose reduction was not finite changes nothing,
+        on every rank.
+
+        Raises:
+            RuntimeError: not attached.
+        """
+        if not self.attached:
+            raise RuntimeError(
+                f"{type(self).__name__} communicates but is not attached; call "
+                "commkit.attach(model, optimizer) after building both"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.reducer.skipped:
+            self.apply()
+        return loss
+
+    @abstractmethod
+    def apply(self) -> None:
+        """One update of all parameters, from what arrived."""
+
+    def arrived(self, name: str) -> Tensor:
+        """What the reduction of ``name`` gave, in its work dtype."""
+        kept = self.reducer.kept.get(name)
+        if kept is not None:
+            return kept
+        gradient = self._parameters[name].grad
+        if gradient is None:  # backward did not reach it on any rank
+            return torch.zeros_like(self._parameters[name], dtype=torch.float32)
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+    def shared_state_dict(self) -> dict[str, Any]:
+        """What is equal on all ranks: parameter groups and per-parameter state."""
+        return super().state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's whole state, residuals included; save it once per rank.
+
+        ``commkit.checkpoint`` saves :meth:`shared_state_dict` and the reducer apart, and so can load at
+        another world size.
+        """
+        own = {_RANK: -1, _WORLD_SIZE: 0}
+        if self.comm is not None:
+            own = {_RANK: self.comm.rank, _WORLD_SIZE: self.comm.world_size}
+        return super().state_dict() | {_REDUCER: own | {"state": self.reducer.state_dict()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of :meth:`state_dict` or :meth:`shared_state_dict`.
+
+        Raises:
+            ValueError: it was saved by another rank, whose residuals are not this one's.
+        """
+        state = dict(state_dict)
+        own = state.pop(_REDUCER, None)
+        if own is not None and self.comm is not None:
+            here = (self.comm.rank, self.comm.world_size)
+            saved = (own[_RANK], own[_WORLD_SIZE])
+            if saved != here:
+                raise ValueError(
+                    f"state of rank {saved[0]} of {saved[1]} was given to rank {here[0]} of {here[1]}; "
+                    "residuals belong to a rank: save and load one file per rank, or use "
+                    "commkit.checkpoint, which also changes the world size"
+                )
+        super().load_state_dict(state)
+        self._restore_dtypes(state)
+        if own is not None:
+            self.reducer.load_state_dict(own["state"])
+        self.after_load()
+
+    def _restore_dtypes(self, state: Mapping[str, Any]) -> None:
+        """State is float32 whatever the parameter is; torch casts it to the parameter's dtype."""
+        loaded = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in state["param_groups"] for i in group["params"]]
+        for p, i in zip(loaded, saved, strict=True):
+            for name, value in state["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(p.device, copy=True)
+
+    def after_load(self) -> None:
+        """Bring everything that follows from state up to date."""
+
+
+class OptimizerReducer(Reducer):
+    """The Reducer of a :class:`CommOptimizer`, which says what is sent in place of gradients.
+
+    Attributes:
+        optimizer: its owner.
+        kept: results of the last step that ``p.grad`` does not hold: of parameters whose gradient is in
+            half precision, and of those that backward did not reach here, where DDP may drop them.
+    """
+
+    def __init__(
+        self,
+        aggregator: Aggregator,
+        feedback: Feedback | None = None,
+        policy: Policy | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(aggregator, NoFeedback() if feedback is None else feedback, policy, seed)
+        self.optimizer: CommOptimizer | None = None
+        self.kept: dict[str, Tensor] = {}
+
+    def spec(self) -> dict[str, Any]:
+        assert self.optimizer is not None
+        return super().spec() | {"optimizer": type(self.optimizer).__name__}
+
+    def reduce(
+        self, named: Mapping[str, Tensor], comm: Comm, hold: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """As :meth:`Reducer.reduce`, of what the optimizer makes of ``named``."""
+        assert self.optimizer is not None
+        if not self._reduced:
+            self.kept = {}
+        self._begin(named)
+        compressed = self.compresses(named)
+        outgoing = self.optimizer.outgoing(dict(named), compressed, comm)
+        results = self._reduce(outgoing, [k for k in compressed if k in outgoing], comm)
+        results = self.optimizer.incoming(results, named)
+        for key, result in results.items():
+            if key in hold or result.dtype != named[key].dtype:
+                self.kept[key] = result.clone()
+        return results
+
+
+@dataclass(frozen=True)
+class OptimizerScheme:
+    """An optimizer that communicates, still without parameters: call it with them.
+
+    ``scheme(model.parameters(), lr=1e-3)`` builds the optimizer; ``commkit.attach(model, optimizer)``
+    connects it.
+
+    Args:
+        optimizer: the class.
+        knobs: its fields of the scheme.
+        like: the torch optimizer whose place it takes, "adamw" or "sgd"; its settings are passed on.
+        seed: base of shared randomness.
+    """
+
+    optimizer: type[CommOptimizer]
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    like: str = "adamw"
+    seed: int = 0
+
+    def __call__(self, params: Parameters, **settings: Any) -> CommOptimizer:
+        """Build the optimizer; ``settings`` are its other arguments (lr, betas, weight_decay ...)."""
+        built = self.optimizer(params, **settings, **self.knobs)
+        built.reducer.seed = self.seed
+        return built
