@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launch import gpt
 from launch.data import Corpus, SampleOrder, Windows, load_corpus, validation_batches
 from launch.optimizer import make_optimizer
-from launch.settings import DataSettings, ModelSettings, OptimSettings
+from launch.settings import DataSettings, ModelSettings, OptimSettings, TrainSettings
 
 MODEL = ModelSettings(layers=4, heads=8, width=512, context=256)
 SEQUENCES = 2  # of MODEL.context bytes, per rank and step
@@ -52,7 +52,9 @@ class Run:
         self, text: Corpus, rank: int, world_size: int, bucket_cap_mb: float | None = None
     ) -> None:
         self.ddp = DistributedDataParallel(build(), bucket_cap_mb=bucket_cap_mb)
-        self._optimizer = make_optimizer(self.ddp, OPTIMIZER)
+        self._optimizer = make_optimizer(
+            self.ddp, TrainSettings(optim=OPTIMIZER, scheme={"name": "ddp"})
+        )
         self._batches = _batches(text, rank, world_size)
         self._text = text
         self._place = (rank, world_size)

@@ -51,3 +51,7 @@ class Policy:
             and ctx.dtype.is_floating_point
             and not any(fnmatchcase(ctx.key, pattern) for pattern in self.exclude)
         )
+
+    def releases(self, ctx: TensorCtx) -> bool:
+        """Whether a tensor that goes densely at ``ctx.step`` takes along what is unsent of it."""
+        return True

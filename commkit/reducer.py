@@ -129,7 +129,9 @@ class Reducer:
                 self._ok = False
                 dense, results = list(named), {}
             if self._ok:
-                self._flush([key for key in dense if key not in hold], named)
+                self._flush(
+                    [k for k in dense if k not in hold and self.policy.releases(ctxs[k])], named
+                )
             results.update(_all_reduce_dense({key: named[key] for key in dense}, comm))
             if self._ok and self._stateful:
                 self._ok = are_finite(results[key] for key in dense)
@@ -155,6 +157,15 @@ class Reducer:
         self.step += 1
         self._begin_step()
         return stats
+
+    def forget(self, keys: Collection[str]) -> None:
+        """Drop whatever is unsent of ``keys``: what is reduced under these names is another thing from now
+        on. Call it on all ranks, before their reduction of a step."""
+        for part in (self.feedback, self.aggregator):
+            state = part.state_dict()
+            kept = {key: value for key, value in state.items() if _parameter_of(key) not in keys}
+            if len(kept) < len(state):
+                part.load_state_dict(kept)
 
     def state_dict(self) -> StateDict:
         """Plain tensors by key. The first part of a key says how states merge when the world size
@@ -236,6 +247,12 @@ class Reducer:
 
     def _contributed(self, ranks: int) -> None:
         self._contributors = ranks if self._contributors is None else min(self._contributors, ranks)
+
+
+def _parameter_of(state_key: str) -> str:
+    """The parameter that an entry of the state belongs to: ``shard/NAME@START``, ``velocity::NAME`` ..."""
+    name = state_key.rpartition("/")[2].rpartition("::")[2]
+    return name.rpartition("@")[0] or name
 
 
 def _all_reduce_dense(named: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ and its parameters are the block's other fields. Each call builds a fresh :class
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +15,8 @@ from .aggregators import AllGather, AllReduce, Noop, PowerSGD, TwoShot
 from .compressors import BlockQuantize, Cast, NoCompression, RandomK, Sign, TopK
 from .config import ConfigError, build, load_yaml
 from .feedback import ErrorFeedback, NoFeedback
-from .optim import OptimizerScheme
+from .optim import OneBitAdam, OneBitLamb, OptimizerScheme, ZeroOneAdam
+from .optim.onebit import FreezeStep
 from .policy import Policy
 from .reducer import Reducer
 from .registry import register
@@ -175,6 +176,69 @@ def powersgd(
         ErrorFeedback() if error_feedback else NoFeedback(),
         Policy(start_step, min_numel=0),
     )
+
+
+@register("scheme", "onebit_adam")
+def onebit_adam(
+    freeze_step: FreezeStep = "auto",
+    ratio_threshold: float = 0.96,
+    scale: Literal["l1", "rms"] = "l1",
+    max_grad_norm: float = 0.0,
+    clip: Literal["momentum", "gradient"] = "momentum",
+    variance_floor: float = 0.0,
+    min_numel: int = 1024,
+    exclude: Sequence[str] = (),
+) -> OptimizerScheme:
+    """1-bit Adam (Tang et al. 2021): AdamW until its variance is steady, then signs of the momentum.
+
+    8 bytes of state per parameter as Adam, and residuals of 4 + 4/W.
+
+    Args: those of :class:`~commkit.optim.OneBitAdam`, which it builds.
+    """
+    return OptimizerScheme(OneBitAdam, locals(), like="adamw")
+
+
+@register("scheme", "onebit_lamb")
+def onebit_lamb(
+    freeze_step: FreezeStep = "auto",
+    ratio_threshold: float = 0.96,
+    max_coeff: float = 10.0,
+    min_coeff: float = 0.01,
+    coeff_beta: float = 0.9,
+    factor_max: float = 4.0,
+    factor_min: float = 0.5,
+    factor_threshold: float = 0.1,
+    scale: Literal["l1", "rms"] = "l1",
+    max_grad_norm: float = 0.0,
+    clip: Literal["momentum", "gradient"] = "momentum",
+    variance_floor: float = 0.0,
+    min_numel: int = 1024,
+    exclude: Sequence[str] = (),
+) -> OptimizerScheme:
+    """1-bit LAMB (Li et al. 2021): LAMB until its variance is steady, then signs of the momentum.
+
+    For large batches. 12 bytes of state per parameter, and residuals of 4 + 4/W.
+
+    Args: those of :class:`~commkit.optim.OneBitLamb`, which it builds.
+    """
+    return OptimizerScheme(OneBitLamb, locals(), like="adamw")
+
+
+@register("scheme", "zero_one_adam")
+def zero_one_adam(
+    var_freeze_step: int = 1000,
+    var_update_scaler: int = 16,
+    local_step_scaler: int = 1000,
+    local_step_clipper: int = 16,
+    scale: Literal["l1", "rms"] = "l1",
+) -> OptimizerScheme:
+    """0/1 Adam (Lu et al. 2022): signs from the first step on, and ever fewer synchronisations.
+
+    For links whose latency hurts. 20 bytes of state per parameter, and residuals of 4 + 4/W.
+
+    Args: those of :class:`~commkit.optim.ZeroOneAdam`, which it builds.
+    """
+    return OptimizerScheme(ZeroOneAdam, locals(), like="adamw")
 
 
 @register("scheme", "compose")

@@ -208,8 +208,10 @@ def attach(
         ConfigError: unknown name or field, or a value out of range.
         TypeError, RuntimeError, ValueError: as :func:`commkit.attach`.
     """
+    if isinstance(optimizer, commkit.optim.CommOptimizer):
+        return commkit.attach(ddp, optimizer)
     if not is_baseline(scheme):
-        return commkit.attach(ddp, scheme)
+        return commkit.attach(ddp, scheme, optimizer)
     recipe, knobs = _resolve(scheme)
     handle = Baseline(ddp)
     recipe.register(handle, ddp, optimizer, knobs)

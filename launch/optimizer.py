@@ -1,23 +1,48 @@
 """The optimizer that a run's settings ask for."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
-from launch.settings import OptimSettings
+from commkit.optim import OptimizerScheme
+from commkit.schemes import make_scheme
+from launch.baselines import is_baseline
+from launch.settings import TrainSettings
 
 
-def make_optimizer(model: torch.nn.Module, settings: OptimSettings) -> Optimizer:
-    """The optimizer; weight decay is for matrices only."""
+def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> Optimizer:
+    """The optimizer; weight decay is for matrices only. A scheme that is an optimizer itself takes the
+    place of the one of ``settings.optim``, with its settings.
+
+    Raises:
+        ValueError: such a scheme is built after another optimizer than ``settings.optim.name``, or a
+            value is out of range.
+    """
+    optim = settings.optim
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim >= 2]},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if settings.name == "sgd":
-        return SGD(
-            groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-    return AdamW(
-        groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+    common = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+    special = {"sgd": {"momentum": optim.momentum}, "adamw": {"betas": optim.betas}}[optim.name]
+    scheme = None if is_baseline(settings.scheme) else make_scheme(settings.scheme)
+    if isinstance(scheme, OptimizerScheme):
+        if scheme.like != optim.name:
+            raise ValueError(
+                f"optim.name={optim.name!r} does not fit scheme {settings.scheme['name']!r}, which takes "
+                f"the place of {scheme.like!r}; set optim.name to {scheme.like}"
+            )
+        offered = special | {"warmup_steps": settings.schedule.warmup}
+        return scheme(groups, **common, **_accepted(scheme, offered))
+    if optim.name == "sgd":
+        return SGD(groups, **common, **special)
+    return AdamW(groups, **common, **special, fused=True)
+
+
+def _accepted(scheme: OptimizerScheme, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``offered`` the optimizer takes and the scheme's block has not given."""
+    parameters = inspect.signature(scheme.optimizer).parameters
+    return {k: v for k, v in offered.items() if k in parameters and k not in scheme.knobs}

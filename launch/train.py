@@ -155,8 +155,8 @@ def set_up(job: Job) -> Trainer:
         device_ids=[device] if device.type == "cuda" else None,
         **settings.ddp.model_dump(),
     )
-    optimizer = make_optimizer(model, settings.optim)
     try:
+        optimizer = make_optimizer(model, settings)
         handle = baselines.attach(ddp, optimizer, settings.scheme)
     except (ValueError, TypeError, RuntimeError) as error:
         raise SetupError(str(error)) from error

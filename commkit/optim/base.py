@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from ..feedback import NoFeedback
 from ..policy import Policy
 from ..reducer import Reducer
-from ..types import Aggregator, Comm, Feedback
+from ..types import RANK, Aggregator, Comm, Feedback, StateDict
 
 Parameters: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]]"
 
 _REDUCER, _RANK, _WORLD_SIZE = "reducer", "rank", "world_size"
+_OWN = "optimizer::"
 
 
 class CommOptimizer(Optimizer):
@@ -92,6 +93,18 @@ class CommOptimizer(Optimizer):
     ) -> dict[str, Tensor]:
         """Results of :meth:`outgoing`'s tensors in the shapes of ``named``, all names."""
         return results
+
+    def is_local(self, step: int) -> bool:
+        """Whether nothing is sent at reduction number ``step``: gradients stay this rank's own."""
+        return False
+
+    def rank_state(self) -> StateDict:
+        """State that differs between ranks, besides the reducer's; by parameter name, or ``WHAT::NAME``.
+        Its mean over the ranks is what another world size starts from."""
+        return {}
+
+    def load_rank_state(self, state: StateDict) -> None:
+        """Restore what :meth:`rank_state` gave."""
 
     def set_up(self) -> None:
         """What takes all ranks together, once, after they agreed to attach."""
@@ -204,7 +217,23 @@ class OptimizerReducer(Reducer):
 
     def spec(self) -> dict[str, Any]:
         assert self.optimizer is not None
-        return super().spec() | {"optimizer": type(self.optimizer).__name__}
+        settings = {k: v for k, v in self.optimizer.defaults.items() if k != "lr"}
+        return super().spec() | {
+            "optimizer": {"name": type(self.optimizer).__name__, **settings},
+        }
+
+    def state_dict(self) -> StateDict:
+        assert self.optimizer is not None
+        own = self.optimizer.rank_state()
+        return super().state_dict() | {f"{RANK}/{_OWN}{key}": x for key, x in own.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        assert self.optimizer is not None
+        own = f"{RANK}/{_OWN}"
+        super().load_state_dict({k: v for k, v in state.items() if not k.startswith(own)})
+        self.optimizer.load_rank_state(
+            {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
+        )
 
     def reduce(
         self, named: Mapping[str, Tensor], comm: Comm, hold: Collection[str] = ()
@@ -214,8 +243,12 @@ class OptimizerReducer(Reducer):
         if not self._reduced:
             self.kept = {}
         self._begin(named)
+        if self.optimizer.is_local(self.step):
+            self._contributed(1)
+            return dict(named)
         compressed = self.compresses(named)
         outgoing = self.optimizer.outgoing(dict(named), compressed, comm)
+        self._compressed.update(compressed)  # also those of which nothing is left to send
         results = self._reduce(outgoing, [k for k in compressed if k in outgoing], comm)
         results = self.optimizer.incoming(results, named)
         for key, result in results.items():
