@@ -65,7 +65,9 @@ class StepHandle:
 
     @torch.no_grad()
     def _reduce(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if any(arg is not None for arg in (*args, *kwargs.values())):
+        if any(
+            arg is not None for arg in (*args[1:], *kwargs.values())
+        ):  # args[0] is the optimizer
             raise RuntimeError(
                 "gradients are reduced before the step, and a closure computes them inside it; call "
                 "backward first and step() without a closure"

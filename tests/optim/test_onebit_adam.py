@@ -73,7 +73,9 @@ def test_momenta_sent_and_unsent_add_up(world_size: int) -> None:
             for name in mine.parameters:
                 del sums[mine.comm.rank][f"m/{name}"]
 
-    ranks = run(make(freeze_step=freeze), world_size, steps, gradients, note_first, dtype=torch.float64)
+    ranks = run(
+        make(freeze_step=freeze), world_size, steps, gradients, note_first, dtype=torch.float64
+    )
     assert same_bits(ranks)
 
     def unsent(states: list[dict[str, Tensor]], name: str, shape: torch.Size) -> Tensor:
@@ -115,7 +117,9 @@ def test_replicas_hold_the_same_bits_and_learn(world_size: int) -> None:
     # Adam at lr 1e-2 with noise 0.3 ends about this near; frozen and compressed it must too.
     dense = run(make(freeze_step=10_000, weight_decay=0.01), world_size, 200)
     error = [float((x.flat() - 1).square().mean()) for x in (ranks[0], dense[0])]
-    start = float((torch.cat([p.reshape(-1) for p in driver.parameters().values()]) - 1).square().mean())
+    start = float(
+        (torch.cat([p.reshape(-1) for p in driver.parameters().values()]) - 1).square().mean()
+    )
     assert error[0] < 0.2 * start and error[1] < 0.2 * start
 
 
@@ -158,7 +162,9 @@ def test_coordinates_without_gradient_never_move() -> None:
 def test_parameters_without_any_gradient_send_nothing() -> None:
     ranks = run(make(freeze_step=2), 2, 6, lambda rank, step, name, x: torch.zeros_like(x))
     wire = ranks[0].comm.bytes.wire_bytes
-    assert wire == 2 * sum(4 * p.numel() for p in ranks[0].parameters.values())  # the two dense steps
+    assert wire == 2 * sum(
+        4 * p.numel() for p in ranks[0].parameters.values()
+    )  # the two dense steps
     for name, p in driver.parameters().items():
         assert torch.equal(ranks[0].parameters[name], p)
 

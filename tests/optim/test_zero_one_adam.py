@@ -30,7 +30,21 @@ def make(**fields: Any) -> driver.Make:
 
 def test_refreshes_drift_apart_by_powers_of_two() -> None:
     schedule = ZeroOneSchedule(var_freeze_step=60, var_update_scaler=3)
-    assert [s for s in range(80) if schedule.refreshes(s)] == [0, 1, 2, 3, 5, 7, 9, 13, 17, 21, 29, 37, 45]
+    assert [s for s in range(80) if schedule.refreshes(s)] == [
+        0,
+        1,
+        2,
+        3,
+        5,
+        7,
+        9,
+        13,
+        17,
+        21,
+        29,
+        37,
+        45,
+    ]
 
 
 def test_intervals_double_up_to_the_clipper() -> None:
