@@ -8,6 +8,7 @@ import inspect
 import platform
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,22 @@ import torch.distributed as dist
 
 from .config import ConfigError
 from .ops import NAMESPACE, OPS
+from .optim import OptimizerScheme
+from .reducer import Reducer
 from .registry import lookup, names
-from .schemes import make_reducer
+from .schemes import make_scheme
 from .sim import ThreadComm, run_threads
 from .types import SHARED
 from .version import __version__
 
 SIDE = 1000  # the tensor that schemes are measured on has SIDE x SIDE elements: a million
 _STEPS = 2  # the second finds all state in place
+# Settings under which the second step is one of the compressed stage.
+_MEASURED_WITH = {
+    "onebit_adam": {"freeze_step": 1},
+    "onebit_lamb": {"freeze_step": 1},
+    "zero_one_adam": {"var_freeze_step": 1},
+}
 _PAPER = re.compile(r"\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")
 _WRAPPERS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}
 _REQUIRED = ("torch", "numpy", "pydantic", "PyYAML")
@@ -112,29 +121,43 @@ def _card(name: str) -> SchemeCard:
 def _measure(name: str) -> tuple[int, int, float] | tuple[None, None, None]:
     """``(payload bytes, wire bytes, state bytes per parameter)``; None without usable defaults."""
     try:
-        make_reducer(name)
+        make_scheme(name)
     except ConfigError:
         return None, None, None  # a scheme that has to be told its parts
-
-    def rank(comm: ThreadComm) -> tuple[int, int, float]:
-        reducer = make_reducer(name)
-        generator = torch.Generator().manual_seed(comm.rank)
-        for _ in range(_STEPS):
-            before = (comm.bytes.payload_bytes, comm.bytes.wire_bytes)
-            gradient = torch.randn(SIDE, SIDE, generator=generator)
-            reducer.reduce({"weight": gradient}, comm)
-            reducer.end_step()
-        state = sum(
-            x.numel() * x.element_size()
-            for key, x in reducer.state_dict().items()
-            if not key.startswith(f"{SHARED}/")
-        )
-        payload, wire = comm.bytes.payload_bytes, comm.bytes.wire_bytes
-        return payload - before[0], wire - before[1], state / SIDE**2
-
-    told = run_threads(rank, world_size=2)  # servers hold shards of unequal size: take the mean
+    told = run_threads(
+        partial(_measure_rank, name), world_size=2
+    )  # servers hold shards of unequal size: take the mean
     payload, wire, state = (sum(column) / len(told) for column in zip(*told, strict=True))
     return round(payload), round(wire), state
+
+
+def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float]:
+    weight = torch.nn.Parameter(torch.zeros(SIDE, SIDE))
+    made = make_scheme(name, _MEASURED_WITH.get(name))
+    optimizer = made([weight], lr=1e-3) if isinstance(made, OptimizerScheme) else None
+    reducer = optimizer.reducer if optimizer is not None else made
+    assert isinstance(reducer, Reducer)
+    if optimizer is not None:
+        optimizer.bind({"weight": weight}, comm)
+        optimizer.set_up()
+    generator = torch.Generator().manual_seed(comm.rank)
+    for _ in range(_STEPS):
+        before = (comm.bytes.payload_bytes, comm.bytes.wire_bytes)
+        gradient = torch.randn(SIDE, SIDE, generator=generator)
+        weight.grad = reducer.reduce({"weight": gradient}, comm)["weight"]
+        reducer.end_step()
+        if optimizer is not None:
+            optimizer.step()
+    state = sum(
+        x.numel() * x.element_size()
+        for key, x in reducer.state_dict().items()
+        if not key.startswith(f"{SHARED}/")
+    )
+    if optimizer is not None:
+        tensors = (x for x in optimizer.state[weight].values() if isinstance(x, torch.Tensor))
+        state += sum(x.numel() * x.element_size() for x in tensors if x.ndim)
+    payload, wire = comm.bytes.payload_bytes, comm.bytes.wire_bytes
+    return payload - before[0], wire - before[1], state / SIDE**2
 
 
 def _backends() -> dict[str, bool]:

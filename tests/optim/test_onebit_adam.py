@@ -36,63 +36,69 @@ def test_before_the_freeze_it_is_adamw_bit_by_bit(decay: float) -> None:
         assert torch.equal(p, ours.parameters[name]), name
 
 
+class Account:
+    """What one rank put in as momentum, and what came out, from the step after ``start`` on."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.gradient: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
+        self.put_in: dict[str, Tensor] = {}
+        self.came_out: dict[str, Tensor] = {}
+        self.first: dict[str, Tensor] = {}  # the reducer's state at the start
+
+    def note(self, mine: Replica, step: int) -> None:
+        if step < self.start:
+            return
+        for name, p in mine.parameters.items():
+            momentum = mine.optimizer.state[p]["exp_avg"].clone()
+            if step > self.start:
+                own = 0.9 * self.last[name] + 0.1 * self.gradient[name]
+                self.put_in[name] = self.put_in.get(name, 0) + own
+                self.came_out[name] = self.came_out.get(name, 0) + momentum
+            self.last[name] = momentum
+        if step == self.start:
+            state = mine.optimizer.reducer.state_dict()
+            self.first = {key: value.clone() for key, value in state.items()}
+
+
+def unsent(states: list[dict[str, Tensor]], name: str, shape: torch.Size) -> Tensor:
+    """Mean of the ranks' residuals, and what the servers hold."""
+    total = torch.zeros(shape, dtype=torch.float64)
+    for state in states:
+        total += state[f"rank/{name}"] / len(states)
+        for key, value in state.items():
+            if key.startswith(f"aggregator/shard/{name}@"):
+                start = int(key.rpartition("@")[2])
+                total.view(-1)[start : start + value.numel()] += value
+    return total
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_momenta_sent_and_unsent_add_up(world_size: int) -> None:
     """Sum of mean_i m_i == sum of m + mean residual + server residuals, in float64."""
-    steps, freeze = 40, 5
-    sums: list[dict[str, Tensor]] = [{} for _ in range(world_size)]
-
-    def note(mine: Replica, step: int) -> None:
-        if step < freeze:
-            return
-        own = sums[mine.comm.rank]
-        for name, p in mine.parameters.items():
-            momentum = mine.optimizer.state[p]["exp_avg"]
-            own[f"m/{name}"] = own.get(f"m/{name}", 0) + momentum
-            before = own.get(f"last/{name}")
-            g = seen[mine.comm.rank][name]
-            if before is not None:
-                own[f"mi/{name}"] = own.get(f"mi/{name}", 0) + 0.9 * before + 0.1 * g
-            own[f"last/{name}"] = momentum.clone()
-
-    seen: list[dict[str, Tensor]] = [{} for _ in range(world_size)]
-    first: list[dict[str, Tensor]] = [{} for _ in range(world_size)]
+    accounts = [Account(start=5) for _ in range(world_size)]
 
     def gradients(rank: int, step: int, name: str, x: Tensor) -> Tensor:
         g = driver.noisy(rank, step, name, x)
-        seen[rank][name] = g.clone()
+        accounts[rank].gradient[name] = g.clone()
         return g
 
-    def note_first(mine: Replica, step: int) -> None:
-        if step == freeze:  # from here on both sides are counted
-            state = mine.optimizer.reducer.state_dict()
-            first[mine.comm.rank] = {k: v.clone() for k, v in state.items()}
-            sums[mine.comm.rank].clear()
-        note(mine, step)
-        if step == freeze:
-            for name in mine.parameters:
-                del sums[mine.comm.rank][f"m/{name}"]
-
     ranks = run(
-        make(freeze_step=freeze), world_size, steps, gradients, note_first, dtype=torch.float64
+        make(freeze_step=5),
+        world_size,
+        40,
+        gradients,
+        lambda mine, step: accounts[mine.comm.rank].note(mine, step),
+        dtype=torch.float64,
     )
     assert same_bits(ranks)
-
-    def unsent(states: list[dict[str, Tensor]], name: str, shape: torch.Size) -> Tensor:
-        total = torch.zeros(shape, dtype=torch.float64)
-        for state in states:
-            total += state[f"rank/{name}"] / world_size
-            for key, value in state.items():
-                if key.startswith(f"aggregator/shard/{name}@"):
-                    start = int(key.rpartition("@")[2])
-                    total.view(-1)[start : start + value.numel()] += value
-        return total
-
     last = [mine.optimizer.reducer.state_dict() for mine in ranks]
+    first = [account.first for account in accounts]
     for name, p in ranks[0].parameters.items():
-        put_in = sum(own[f"mi/{name}"] for own in sums) / world_size
-        came_out = sums[0][f"m/{name}"]
+        put_in = sum(account.put_in[name] for account in accounts) / world_size
         kept = unsent(last, name, p.shape) - unsent(first, name, p.shape)
+        came_out = accounts[0].came_out[name]
         torch.testing.assert_close(came_out + kept, put_in, rtol=0, atol=1e-10)
 
 
@@ -120,7 +126,8 @@ def test_replicas_hold_the_same_bits_and_learn(world_size: int) -> None:
     start = float(
         (torch.cat([p.reshape(-1) for p in driver.parameters().values()]) - 1).square().mean()
     )
-    assert error[0] < 0.2 * start and error[1] < 0.2 * start
+    assert error[0] < 0.2 * start
+    assert error[1] < 0.2 * start
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -205,7 +212,8 @@ def test_a_mask_can_change_between_phases() -> None:
             mine.optimizer.set_mask(mine.parameters["matrix"], None)
 
     ranks = run(make(), 2, 30, body=switch)
-    assert same_bits(ranks) and bool(ranks[0].flat().isfinite().all())
+    assert same_bits(ranks)
+    assert bool(ranks[0].flat().isfinite().all())
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
@@ -245,7 +253,8 @@ def test_a_step_that_is_not_finite_never_happened(bad: float, when: int) -> None
     assert torch.equal(before, after)
     for name, state in state_before.items():
         assert torch.equal(state["exp_avg"], state_after[name]["exp_avg"])
-    assert same_bits(ranks) and bool(ranks[0].flat().isfinite().all())
+    assert same_bits(ranks)
+    assert bool(ranks[0].flat().isfinite().all())
 
 
 def test_the_variance_freezes_itself_when_it_is_steady() -> None:
@@ -262,7 +271,8 @@ def test_the_variance_freezes_itself_when_it_is_steady() -> None:
     ranks = run(make(freeze_step="auto", betas=(0.9, 0.9), warmup_steps=12), 2, 80, gradients, note)
     assert frozen[0] == frozen[1]
     first = frozen[0].index(True)
-    assert first >= 12 and all(frozen[0][first:])
+    assert first >= 12
+    assert all(frozen[0][first:])
     # 0.9^k of the peak must have sunk below the noise: 10 steps after it v still falls by more than 4 %.
     assert first > 20
     assert same_bits(ranks)
@@ -273,7 +283,8 @@ def test_a_growing_variance_does_not_freeze() -> None:
         return driver.noisy(rank, step, name, x * 0) * 1.1**step
 
     ranks = run(make(freeze_step="auto", betas=(0.9, 0.9)), 1, 60, gradients)
-    assert isinstance(ranks[0].optimizer, OneBitAdam) and not ranks[0].optimizer.frozen
+    assert isinstance(ranks[0].optimizer, OneBitAdam)
+    assert not ranks[0].optimizer.frozen
 
 
 def test_clipping_gradients_uses_one_coefficient_for_all_ranks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -58,8 +59,9 @@ def test_every_interval_ends() -> None:
     for scaler in (1, 3, 5, 16):
         schedule = ZeroOneSchedule(4, local_step_scaler=scaler, local_step_clipper=16)
         syncs = [step for step in range(4, 400) if not schedule.is_local(step)]
-        gaps = [b - a for a, b in zip(syncs, syncs[1:], strict=False)]
-        assert max(gaps) == 16 and gaps == sorted(gaps)
+        gaps = [b - a for a, b in itertools.pairwise(syncs)]
+        assert max(gaps) == 16
+        assert gaps == sorted(gaps)
 
 
 @pytest.mark.parametrize("field", ["var_freeze_step", "var_update_scaler", "local_step_scaler"])
@@ -112,7 +114,8 @@ def test_momentum_after_a_synchronisation_is_the_mean_update_per_lr() -> None:
     for name, p in ranks[0].parameters.items():
         ours = [mine.optimizer.state[mine.parameters[name]] for mine in ranks]
         assert torch.equal(ours[0]["exp_avg"], ours[1]["exp_avg"])
-        assert float(ours[0]["update"].abs().max()) == 0 and ours[0]["lr_sum"] == 0
+        assert float(ours[0]["update"].abs().max()) == 0
+        assert ours[0]["lr_sum"] == 0
         assert torch.equal(ours[0]["anchor"], p)
 
 
@@ -158,7 +161,8 @@ def test_a_rank_with_a_bad_local_gradient_leaves_out_that_step() -> None:
         return g
 
     ranks = run(make(), 2, 60, gradients)
-    assert bool(ranks[0].flat().isfinite().all()) and bool(ranks[1].flat().isfinite().all())
+    assert bool(ranks[0].flat().isfinite().all())
+    assert bool(ranks[1].flat().isfinite().all())
     ranks = run(make(local_step_clipper=1), 2, 60, gradients)
     assert same_bits(ranks)
 
@@ -200,4 +204,5 @@ def test_residuals_start_anew_at_the_switch() -> None:
             norms.append(mine.optimizer.reducer.feedback.norm())
 
     run(make(), 2, 11, body=note)
-    assert norms[9] > 0.1 and norms[10] < 0.05 * norms[9]
+    assert norms[9] > 0.1
+    assert norms[10] < 0.05 * norms[9]
