@@ -27,10 +27,9 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> Optimizer
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
-    special: dict[str, Any] = {
-        "sgd": {"momentum": optim.momentum},
-        "adamw": {"betas": optim.betas},
-    }[optim.name]
+    special: dict[str, Any] = {"betas": optim.betas}
+    if optim.name == "sgd":
+        special = {"momentum": optim.momentum}
     scheme = None if is_baseline(settings.scheme) else make_scheme(settings.scheme)
     if isinstance(scheme, OptimizerScheme):
         if scheme.like != optim.name:
