@@ -162,10 +162,10 @@ def test_composition_from_yaml_alone(tmp_path: Path) -> None:
         "aggregator": {
             "name": "two_shot",
             "compressor": {"name": "sign", "scale": "rms"},
-            "server_feedback": {"name": "error_feedback"},
+            "server_feedback": {"name": "error_feedback", "decay": 1.0},
             "granule": 512,
         },
-        "feedback": {"name": "error_feedback"},
+        "feedback": {"name": "error_feedback", "decay": 1.0},
         "policy": {"start_step": 10, "min_numel": 1024, "min_ndim": 0, "exclude": ["*embed*"]},
         "seed": 3,
     }
