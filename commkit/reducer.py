@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from .aggregators.health import are_finite, require_finite
 from .aggregators.stateless import Stateless
-from .feedback import ErrorFeedback, NoFeedback
+from .feedback import ErrorFeedback, NoFeedback, check_error_feedback
 from .metrics import StepStats
 from .policy import Policy
 from .registry import spec
@@ -46,6 +46,9 @@ class Reducer:
         feedback: what becomes of the part left unsent.
         policy: which tensors are compressed, and from which step on.
         seed: base of shared randomness; equal on all ranks.
+
+    Raises:
+        TypeError: error feedback on a compressor or aggregator that it diverges on.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Reducer:
     ) -> None:
         self.aggregator = aggregator
         self.feedback: Feedback = NoFeedback() if feedback is None else feedback
+        for part in (aggregator, getattr(aggregator, "compressor", None)):
+            check_error_feedback(self.feedback, part, "feedback")
         self.policy = Policy() if policy is None else policy
         self.seed = seed
         self.step = 0

@@ -83,6 +83,11 @@ class Compressor(ABC):
     wire: ClassVar[Wire] = "gatherable"
     fixed_size: ClassVar[bool] = True
 
+    @property
+    def allows_error_feedback(self) -> bool:
+        """Whether ``|x - C(x)| < |x|`` on average. Where it is not, residuals grow without bound."""
+        return True
+
     @abstractmethod
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
         """Encode ``x`` (any float dtype, shape ``ctx.shape``).

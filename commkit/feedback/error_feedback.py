@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import two_norm
 from ..registry import register
-from ..types import StateDict
+from ..types import Feedback, StateDict
 from .staged import StagedTensors
 
 
@@ -33,15 +33,8 @@ class ErrorFeedback:
     def compensate(self, x: Tensor, key: str) -> Tensor:
         """``x + e`` as a fresh tensor in the work dtype."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        residual = self._residuals.get(key)
-        if residual is None:
-            return x.to(dtype, copy=True)
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"residual of {key!r} has shape {tuple(residual.shape)} but the tensor has "
-                f"{tuple(x.shape)}; load state of the same model, or start without it"
-            )
-        return torch.add(residual, x)
+        residual = self._residuals.get_like(key, x, "residual")
+        return x.to(dtype, copy=True) if residual is None else torch.add(residual, x)
 
     def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
         """Stage ``e = compensated - sent``, in the memory of ``compensated``. ``sent is compensated``
@@ -66,3 +59,17 @@ class ErrorFeedback:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._residuals.load_state_dict(state)
+
+
+def check_error_feedback(feedback: Feedback, part: object, field: str) -> None:
+    """Refuse error feedback on a part (compressor or aggregator) that it diverges on.
+
+    Raises:
+        TypeError: ``feedback`` is error feedback, and ``part`` says that it does not allow it.
+    """
+    if isinstance(feedback, ErrorFeedback) and not getattr(part, "allows_error_feedback", True):
+        raise TypeError(
+            f"{field}=error_feedback diverges on {type(part).__name__}, whose errors may be larger than its "
+            f"input (allows_error_feedback=False); use {field}='none', or a compressor that loses less, for "
+            "example sign, topk or block_quantize"
+        )
