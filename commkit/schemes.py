@@ -126,8 +126,8 @@ def qsgd(
     start_step: int = 0,
     min_numel: int = 1024,
 ) -> Reducer:
-    """QSGD, two-shot (Alistarh et al. 2017): unbiased rounding to 2^(bits-1) - 1 levels of each bucket's norm.
-    No state.
+    """QSGD, two-shot (Alistarh et al. 2017): unbiased rounding to 2^(bits-1) - 1 levels of each bucket's
+    norm. No state.
 
     Args:
         bits: per element, 2, 4 or 8. If the loss is noisier than plain DDP's, double it.
@@ -153,8 +153,8 @@ def natural(start_step: int = 0, min_numel: int = 1024) -> Reducer:
 
 @register("scheme", "terngrad")
 def terngrad(clip: float = 2.5, start_step: int = 0, min_numel: int = 1024) -> Reducer:
-    """TernGrad with scaler sharing (Wen et al. 2017): 2 bits per element to the owners of shards, exact sums of
-    2 to 8 bits back (4 for 2 to 7 ranks). No state.
+    """TernGrad with scaler sharing (Wen et al. 2017): 2 bits per element to the owners of shards, exact sums
+    back, of 4 bits for 2 to 7 ranks and 8 for up to 127. No state.
 
     Args:
         clip: in root mean squares, see :class:`~commkit.aggregators.TernGrad`. Lower is less noisy and more

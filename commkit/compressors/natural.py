@@ -19,8 +19,8 @@ class Natural(Compressor):
 
     One byte per element, a sign and a 7-bit exponent, and 4 bytes of the largest power of two. 126 octaves
     below that, elements become zero or the smallest power, at random too. No feedback is needed, and there
-    is nothing to tune: against 8-bit blocks it is noisier on a block's largest elements and finer on its small ones.
-    A tensor that holds a magnitude above 2^127 (1.7e38) has no code and is sent densely.
+    is nothing to tune: against 8-bit blocks it is noisier on a block's largest elements and finer on its
+    small ones. A tensor that holds a magnitude above 2^127 (1.7e38) has no code and is sent densely.
     """
 
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:

@@ -214,8 +214,8 @@ def dequantize_codebook(codes: Tensor, levels: Tensor, scales: Tensor, block_siz
 
 
 def quantize_natural(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """uint8: the sign in the highest bit, below it 0 for zero or 127 - k for ``top * 2^-k``; and ``top``, (1,)
-    float32, the smallest power of two that no magnitude exceeds."""
+    """uint8: the sign in the highest bit, below it 0 for zero or 127 - k for ``top * 2^-k``; and ``top``,
+    (1,) float32, the smallest power of two that no magnitude exceeds."""
     sizes = x.to(torch.promote_types(x.dtype, torch.float32)).abs()
     peak = sizes.amax() if sizes.numel() else sizes.new_zeros(())
     # size = mantissa * 2^exponent with the mantissa in [1/2, 1)

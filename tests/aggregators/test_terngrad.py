@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from commkit.aggregators import TernGrad
 from commkit.aggregators.sharding import shards_of
 from commkit.aggregators.terngrad import sum_bits
+from commkit.comm import DistComm
 from commkit.sim import ThreadComm, run_threads
 from commkit.types import NonFiniteError
 
+from ..harness import run_ranks
 from .inputs import aggregate, contexts, sample
 
 SHAPES = [(64, 48), (2000,), (), (1,), (0,), (8, 4, 3, 3)]
@@ -144,6 +147,17 @@ def test_a_float64_value_that_no_float32_scale_holds_is_refused() -> None:
     xs = [torch.full((3,), 1e300, dtype=torch.float64)]
     with pytest.raises(NonFiniteError):
         aggregate(lambda: TernGrad(), [xs, xs])
+
+
+def over_gloo(rank: int, world_size: int) -> list[torch.Tensor]:
+    comm, xs = DistComm(dist.group.WORLD), inputs(world_size)[rank]
+    return [outcome.mean for outcome in TernGrad().aggregate(xs, contexts(xs), comm)]
+
+
+def test_processes_and_threads_agree() -> None:
+    expected = aggregate(TernGrad, inputs(2))[0]
+    for means in run_ranks(over_gloo, 2):
+        assert all(torch.equal(a, b.mean) for a, b in zip(means, expected, strict=True))
 
 
 @pytest.mark.parametrize(("world_size", "bits"), [(2, 4), (3, 4), (8, 8)])
