@@ -85,7 +85,7 @@ class Compressor(ABC):
 
     @property
     def allows_error_feedback(self) -> bool:
-        """Whether ``|x - C(x)| < |x|`` on average. Where it is not, residuals grow without bound."""
+        """False of codes whose errors are as large as their inputs: residuals would grow without bound."""
         return True
 
     @abstractmethod

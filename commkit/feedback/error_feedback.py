@@ -69,7 +69,7 @@ def check_error_feedback(feedback: Feedback, part: object, field: str) -> None:
     """
     if isinstance(feedback, ErrorFeedback) and not getattr(part, "allows_error_feedback", True):
         raise TypeError(
-            f"{field}=error_feedback diverges on {type(part).__name__}, whose errors may be larger than its "
+            f"{field}=error_feedback diverges on {type(part).__name__}, whose errors may be as large as its "
             f"input (allows_error_feedback=False); use {field}='none', or a compressor that loses less, for "
             "example sign, topk or block_quantize"
         )
