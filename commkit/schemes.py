@@ -188,7 +188,9 @@ def signsgd_vote(momentum: float = 0.0) -> Reducer:
 
     Every element of the result is +1 or -1: use plain SGD without momentum, and a learning rate near 1e-4 to
     1e-3, which is how far every parameter moves in a step. All tensors take part, from the first step on: a
-    mean of gradients beside votes would need another learning rate. Turn gradient clipping off.
+    mean of gradients beside votes would need another learning rate. Turn gradient clipping off. One bit has no
+    zero: an element whose gradient is zero on all ranks, such as an embedding no batch has used, takes a step
+    to a random side.
 
     Args:
         momentum: beta of the momentum whose sign is voted (Signum), 4 bytes per element; 0.9 where batches
