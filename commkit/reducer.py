@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from .aggregators.health import are_finite, require_finite
 from .aggregators.stateless import Stateless
-from .feedback import ErrorFeedback, NoFeedback
+from .feedback import ErrorFeedback, NoFeedback, check_contraction
 from .metrics import StepStats
 from .policy import Policy
 from .registry import spec
@@ -52,6 +52,9 @@ class Reducer:
             call :meth:`reduce` once, after backward, which hides nothing of the communication.
         compressed: names that were compressed in the step that :meth:`end_step` closed last.
         skipped: that step was not finite and has left no trace.
+
+    Raises:
+        TypeError: error feedback on a compressor or aggregator that it diverges on.
     """
 
     whole_step = False
@@ -65,6 +68,8 @@ class Reducer:
     ) -> None:
         self.aggregator = aggregator
         self.feedback: Feedback = NoFeedback() if feedback is None else feedback
+        for part in (aggregator, getattr(aggregator, "compressor", None)):
+            check_contraction(self.feedback, part, "feedback")
         self.policy = Policy() if policy is None else policy
         self.seed = seed
         self.step = 0

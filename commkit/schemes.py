@@ -11,10 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from .aggregators import AllGather, AllReduce, Noop, PowerSGD, TwoShot
-from .compressors import BlockQuantize, Cast, NoCompression, RandomK, Sign, TopK
+from .aggregators import AllGather, AllReduce, Noop, PowerSGD, TernGrad, TwoShot
+from .compressors import (
+    QSGD,
+    BlockQuantize,
+    Cast,
+    DynamicTree,
+    Natural,
+    NoCompression,
+    RandomK,
+    Sign,
+    SignVote,
+    TopK,
+)
 from .config import ConfigError, build, load_yaml
-from .feedback import ErrorFeedback, NoFeedback
+from .feedback import ErrorFeedback, Momentum, NoFeedback
 from .optim import OneBitAdam, OneBitLamb, OptimizerScheme, ZeroOneAdam
 from .optim.onebit import FreezeStep
 from .policy import Policy
@@ -90,6 +101,73 @@ def int4(
     return _block_quantised(BlockQuantize(4, block_size, rounding), start_step, min_numel)
 
 
+@register("scheme", "dynamic8")
+def dynamic8(
+    block_size: int = 256,
+    rounding: Literal["nearest", "stochastic"] = "stochastic",
+    start_step: int = 0,
+    min_numel: int = 1024,
+) -> Reducer:
+    """Dynamic 8-bit codes, two-shot (Dettmers 2016): as many bytes as int8, and seven decades of range
+    inside a block, for gradients whose small elements matter.
+
+    Args:
+        block_size: elements per scale.
+        rounding: "stochastic" is unbiased and keeps no state; "nearest" adds error feedback at both ends
+            (4 + 4/W bytes per compressed element).
+        start_step: dense steps before.
+        min_numel: smaller tensors stay dense.
+    """
+    return _block_quantised(DynamicTree(block_size, rounding), start_step, min_numel)
+
+
+@register("scheme", "qsgd")
+def qsgd(
+    bits: Literal[2, 4, 8] = 4,
+    norm: Literal["l2", "max"] = "l2",
+    bucket_size: int = 512,
+    start_step: int = 0,
+    min_numel: int = 1024,
+) -> Reducer:
+    """QSGD, two-shot (Alistarh et al. 2017): unbiased rounding to 2^(bits-1) - 1 levels of each bucket's
+    norm. No state.
+
+    Args:
+        bits: per element, 2, 4 or 8. If the loss is noisier than plain DDP's, double it.
+        norm: "l2" is the paper's; "max" is less noisy and tried next.
+        bucket_size: elements per norm; halve it against noise, down to 64.
+        start_step: dense steps before.
+        min_numel: smaller tensors stay dense.
+    """
+    return Reducer(TwoShot(QSGD(bits, bucket_size, norm)), policy=Policy(start_step, min_numel))
+
+
+@register("scheme", "natural")
+def natural(start_step: int = 0, min_numel: int = 1024) -> Reducer:
+    """Natural compression, two-shot (Horvath et al. 2019): signs and exponents, 1 byte per element, unbiased
+    with a variance of at most 1/8 of every element's square. No state.
+
+    Args:
+        start_step: dense steps before.
+        min_numel: smaller tensors stay dense.
+    """
+    return Reducer(TwoShot(Natural()), policy=Policy(start_step, min_numel))
+
+
+@register("scheme", "terngrad")
+def terngrad(clip: float = 2.5, start_step: int = 0, min_numel: int = 1024) -> Reducer:
+    """TernGrad with scaler sharing (Wen et al. 2017): 2 bits per element to the owners of shards, exact sums
+    back, of 4 bits for 2 to 7 ranks and 8 for up to 127. No state.
+
+    Args:
+        clip: in root mean squares, see :class:`~commkit.aggregators.TernGrad`. Lower is less noisy and more
+            biased; 0 is unbiased.
+        start_step: dense steps before.
+        min_numel: smaller tensors stay dense.
+    """
+    return Reducer(TernGrad(clip), policy=Policy(start_step, min_numel))
+
+
 @register("scheme", "sign")
 def sign(scale: Literal["l1", "rms"] = "l1", start_step: int = 0, min_numel: int = 1024) -> Reducer:
     """EF-signSGD, two-shot (Karimireddy et al. 2019; Tang et al. 2021 figure 3): one bit per element each
@@ -105,6 +183,24 @@ def sign(scale: Literal["l1", "rms"] = "l1", start_step: int = 0, min_numel: int
         ErrorFeedback(),
         Policy(start_step, min_numel),
     )
+
+
+@register("scheme", "signsgd_vote")
+def signsgd_vote(momentum: float = 0.0) -> Reducer:
+    """signSGD with majority vote, two-shot (Bernstein et al. 2018): one bit per element each way, no scale.
+
+    Every element of the result is +1 or -1: use plain SGD without momentum, and a learning rate near 1e-4 to
+    1e-3, which is how far every parameter moves in a step. All tensors take part, from the first step on: a
+    mean of gradients beside votes would need another learning rate. Turn gradient clipping off. One bit has no
+    zero: an element whose gradient is zero on all ranks, such as an embedding no batch has used, takes a step
+    to a random side.
+
+    Args:
+        momentum: beta of the momentum whose sign is voted (Signum), 4 bytes per element; 0.9 where batches
+            are small. 0 votes on the gradient itself and keeps no state.
+    """
+    feedback = Momentum(momentum) if momentum else NoFeedback()
+    return Reducer(TwoShot(SignVote()), feedback, Policy(min_numel=0))
 
 
 @register("scheme", "topk")
@@ -256,7 +352,9 @@ def compose(
     return Reducer(aggregator, feedback, policy)
 
 
-def _block_quantised(compressor: BlockQuantize, start_step: int, min_numel: int) -> Reducer:
+def _block_quantised(
+    compressor: BlockQuantize | DynamicTree, start_step: int, min_numel: int
+) -> Reducer:
     feedbacks = (
         (ErrorFeedback(), ErrorFeedback())
         if compressor.rounding == "nearest"

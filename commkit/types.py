@@ -83,6 +83,11 @@ class Compressor(ABC):
     wire: ClassVar[Wire] = "gatherable"
     fixed_size: ClassVar[bool] = True
 
+    @property
+    def allows_error_feedback(self) -> bool:
+        """False of codes whose errors are as large as their inputs: residuals would grow without bound."""
+        return True
+
     @abstractmethod
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
         """Encode ``x`` (any float dtype, shape ``ctx.shape``).
@@ -113,6 +118,10 @@ class Compressor(ABC):
 class Feedback(Protocol):
     """The only home of residuals. ``update`` and ``deliver`` stage; ``commit`` makes the step's changes
     real, or drops all of them, so that a skipped step leaves no trace."""
+
+    @property
+    def needs_contraction(self) -> bool:
+        """Whether errors are carried on, so that a code must lose less than it is given."""
 
     @property
     def changes_mean(self) -> bool:

@@ -58,9 +58,19 @@ def test_unknown_names_get_a_hint_and_the_list() -> None:
 
 def test_names_are_sorted_and_include_what_lives_in_the_packages() -> None:
     for kind, some in {
-        "compressor": {"none", "cast", "block_quantize", "sign", "ternary", "topk", "randomk"},
-        "feedback": {"none", "error_feedback"},
-        "aggregator": {"all_reduce", "all_gather", "two_shot", "powersgd", "noop"},
+        "compressor": {
+            "none",
+            "cast",
+            "block_quantize",
+            "sign",
+            "ternary",
+            "topk",
+            "randomk",
+            "qsgd",
+            "vote",
+        },
+        "feedback": {"none", "error_feedback", "momentum"},
+        "aggregator": {"all_reduce", "all_gather", "two_shot", "terngrad", "powersgd", "noop"},
         "scheme": {"ddp", "noop", "fp16", "bf16", "int8", "int4", "sign", "topk", "powersgd"},
     }.items():
         names = registry.names(kind)

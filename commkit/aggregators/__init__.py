@@ -5,8 +5,9 @@ from .all_gather import AllGather
 from .all_reduce import AllReduce
 from .noop import Noop
 from .powersgd import PowerSGD
+from .terngrad import TernGrad
 from .two_shot import TwoShot
 
 import_all(__name__, __path__)
 
-__all__ = ["AllGather", "AllReduce", "Noop", "PowerSGD", "TwoShot"]
+__all__ = ["AllGather", "AllReduce", "Noop", "PowerSGD", "TernGrad", "TwoShot"]

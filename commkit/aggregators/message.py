@@ -22,6 +22,12 @@ def encode(payloads: Sequence[Payload], flag: Tensor) -> Tensor:
     return torch.cat([*parts, tail])
 
 
+def size_of(like: Sequence[Payload]) -> int:
+    """Bytes of the message of payloads ``like``."""
+    size = sum(t.numel() * t.element_size() for payload in like for t in payload) + 1
+    return size + -size % _ALIGN
+
+
 def decode(buffer: Tensor, like: Sequence[Payload]) -> list[Payload]:
     """Views into ``buffer`` with the shapes and dtypes of the payloads ``like``."""
     decoded: list[list[Tensor]] = [list(payload) for payload in like]

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..feedback import NoFeedback
+from ..feedback import NoFeedback, check_contraction
 from ..registry import register
 from ..types import (
     SHARD,
@@ -23,8 +23,8 @@ from ..types import (
     TensorCtx,
     section,
 )
-from .health import health, require_finite
-from .message import decode, encode, flag_of
+from .exchange import Exchange
+from .health import health
 from .sharding import Shard, shard_key, shards_of, spans_of
 
 
@@ -46,7 +46,7 @@ class TwoShot:
             fewer scales for small tensors.
 
     Raises:
-        TypeError: payload sizes depend on the data.
+        TypeError: payload sizes depend on the data, or error feedback diverges on the compressor.
         ValueError: a granule below 8.
     """
 
@@ -67,6 +67,7 @@ class TwoShot:
                 f"server_feedback {type(self.server_feedback).__name__} sends differences to an estimate, "
                 "which the ranks would have to add up; use error_feedback at the server"
             )
+        check_contraction(self.server_feedback, self.compressor, "server_feedback")
         if self.granule < 8:
             raise ValueError(f"granule={self.granule} must be >= 8; use for example 4096")
 
@@ -86,30 +87,12 @@ class TwoShot:
         }
         device = ctxs[0].device
         flag = health([*xs, *(t for payload in payloads.values() for t in payload)], device)
-        served = [[s for s in shards if s.owner == rank] for rank in range(comm.world_size)]
-        messages = [
-            encode([payloads[s] for s in served[rank]], flag) for rank in range(comm.world_size)
-        ]
-        sizes = [message.numel() for message in messages]
-
-        mine = served[comm.rank]
-        like = [payloads[s] for s in mine]
-        received = comm.all_to_all(torch.cat(messages), sizes, [sizes[comm.rank]] * comm.world_size)
-        require_finite([torch.stack([flag_of(message, like) for message in received])])
-        combined = self._serve(mine, [decode(message, like) for message in received], comm.rank)
-
-        answer = encode(combined, health((t for p in combined for t in p), device))
-        answers = comm.all_to_all(
-            answer.repeat(comm.world_size), [answer.numel()] * comm.world_size, sizes
+        exchange = Exchange(shards, comm)
+        received = exchange.to_owners(payloads, flag)
+        combined = self._serve(exchange.served_by(comm.rank), received, comm.rank)
+        means = exchange.to_all(
+            combined, payloads, health((t for p in combined for t in p), device)
         )
-        likes = [[payloads[s] for s in served[rank]] for rank in range(comm.world_size)]
-        flags = [flag_of(a, expected) for a, expected in zip(answers, likes, strict=True)]
-        require_finite([torch.stack(flags)])
-        means = {
-            s: payload
-            for rank in range(comm.world_size)
-            for s, payload in zip(served[rank], decode(answers[rank], likes[rank]), strict=True)
-        }
         return [
             Aggregated(
                 partial(self._decode, means, [s for s in shards if s.index == i], ctx),

@@ -3,12 +3,28 @@
 from ..registry import import_all
 from .block_quantize import BlockQuantize
 from .cast import Cast
+from .dynamic_tree import DynamicTree
+from .natural import Natural
 from .none import NoCompression
+from .qsgd import QSGD
 from .randomk import RandomK
 from .sign import Sign
 from .ternary import Ternary
 from .topk import TopK
+from .vote import SignVote
 
 import_all(__name__, __path__)
 
-__all__ = ["BlockQuantize", "Cast", "NoCompression", "RandomK", "Sign", "Ternary", "TopK"]
+__all__ = [
+    "BlockQuantize",
+    "Cast",
+    "DynamicTree",
+    "Natural",
+    "NoCompression",
+    "QSGD",
+    "RandomK",
+    "Sign",
+    "SignVote",
+    "Ternary",
+    "TopK",
+]

@@ -25,7 +25,7 @@ class RandomK(Compressor):
     Args:
         density: share of elements sent, in (0, 1].
         unbiased: multiply values by their stratum's size (n/k), which makes the code unbiased with a
-            variance of (n/k - 1) |x|^2; for use without feedback. With error feedback leave it off.
+            variance of (n/k - 1) |x|^2; for use without feedback. Error feedback refuses it.
 
     Raises:
         ValueError: density outside (0, 1].
@@ -38,6 +38,10 @@ class RandomK(Compressor):
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ValueError(f"density={self.density} must be in (0, 1]; use for example 0.01")
+
+    @property
+    def allows_error_feedback(self) -> bool:
+        return not self.unbiased
 
     def k(self, numel: int) -> int:
         """How many elements of a tensor of ``numel`` are sent."""

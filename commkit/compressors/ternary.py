@@ -34,15 +34,13 @@ class Ternary(Compressor):
         if not self.clip >= 0:
             raise ValueError(f"clip={self.clip} must be >= 0; use 2.5, or 0 for no clipping")
 
+    @property
+    def allows_error_feedback(self) -> bool:
+        return False
+
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
-        flat = x.reshape(-1).to(ctx.work_dtype)
-        if flat.numel() == 0:
-            return ops.pack_ternary(flat.to(torch.int8)), flat.new_zeros(1, dtype=torch.float32)
-        if self.clip > 0:
-            limit = ops.two_norm(flat) * (self.clip / flat.numel() ** 0.5)
-            flat = flat.clamp(-limit, limit)
-        low, high = torch.aminmax(flat)
-        size = torch.maximum(high, -low).to(torch.float32)
+        flat = clipped(x.reshape(-1).to(ctx.work_dtype), self.clip)
+        size = largest(flat)
         codes = ops.ternarize(flat, size, ctx.shared_seed(salt))
         return ops.pack_ternary(codes), size.view(1)
 
@@ -53,3 +51,19 @@ class Ternary(Compressor):
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         return -(-ctx.numel // 4) + 4
+
+
+def clipped(flat: Tensor, clip: float) -> Tensor:
+    """``flat`` clamped to ``clip`` root mean squares; itself where ``clip`` is 0."""
+    if clip == 0 or flat.numel() == 0:
+        return flat
+    limit = ops.two_norm(flat) * (clip / flat.numel() ** 0.5)
+    return flat.clamp(-limit, limit)
+
+
+def largest(flat: Tensor) -> Tensor:
+    """0-d float32 ``max|flat|``, 0 of nothing."""
+    if flat.numel() == 0:
+        return flat.new_zeros((), dtype=torch.float32)
+    low, high = torch.aminmax(flat)
+    return torch.maximum(high, -low).to(torch.float32)

@@ -46,6 +46,10 @@ class EControl:
             raise ValueError(f"eta={self.eta} must be in [0, 1]; use a quarter of the density")
 
     @property
+    def needs_contraction(self) -> bool:
+        return True
+
+    @property
     def changes_mean(self) -> bool:
         return True
 

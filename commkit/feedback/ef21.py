@@ -43,6 +43,10 @@ class EF21:
             raise ValueError(f"momentum={self.momentum} must be in (0, 1]; use 1, or 0.1")
 
     @property
+    def needs_contraction(self) -> bool:
+        return True
+
+    @property
     def changes_mean(self) -> bool:
         return True
 

@@ -42,6 +42,10 @@ class ErrorFeedback:
             raise ValueError(f"decay={self.decay} must be in (0, 1]; use 1 to lose nothing")
 
     @property
+    def needs_contraction(self) -> bool:
+        return True
+
+    @property
     def changes_mean(self) -> bool:
         return False
 
@@ -51,14 +55,9 @@ class ErrorFeedback:
     def compensate(self, x: Tensor, key: str) -> Tensor:
         """``x + e`` as a fresh tensor in the work dtype."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        residual = self._residuals.get(key)
+        residual = self._residuals.get_like(key, x, "residual")
         if residual is None:
             return x.to(dtype, copy=True)
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"residual of {key!r} has shape {tuple(residual.shape)} but the tensor has "
-                f"{tuple(x.shape)}; load state of the same model, or start without it"
-            )
         if self.decay == 1:
             return torch.add(residual, x)
         return torch.add(x, residual, alpha=self.decay)

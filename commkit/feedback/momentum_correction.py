@@ -52,6 +52,10 @@ class MomentumCorrection:
             raise ValueError(f"momentum={self.momentum} must be in [0, 1); use for example 0.9")
 
     @property
+    def needs_contraction(self) -> bool:
+        return True
+
+    @property
     def changes_mean(self) -> bool:
         return False
 
@@ -61,14 +65,9 @@ class MomentumCorrection:
     def compensate(self, x: Tensor, key: str) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         g = x.to(dtype)
-        u = self._velocity.get(key)
+        u = self._velocity.get_like(key, x, "velocity")
         if u is None:
             u = self.initial_velocity(key)
-        if u is not None and u.shape != x.shape:
-            raise ValueError(
-                f"velocity of {key!r} has shape {tuple(u.shape)} but the tensor has "
-                f"{tuple(x.shape)}; load state of the same model, or start without it"
-            )
         if u is None:
             velocity = g * self.momentum if self.nesterov else g.clone()
         elif self.nesterov:

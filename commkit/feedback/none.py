@@ -18,6 +18,10 @@ class NoFeedback:
     """Keeps nothing: for unbiased or lossless compressors."""
 
     @property
+    def needs_contraction(self) -> bool:
+        return False
+
+    @property
     def changes_mean(self) -> bool:
         return False
 

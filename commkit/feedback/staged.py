@@ -26,6 +26,20 @@ class StagedTensors:
         """What will take the place of the tensor; None: nothing was staged, or its removal."""
         return self._staged.get(key)
 
+    def get_like(self, key: str, x: Tensor, what: str) -> Tensor | None:
+        """The tensor that goes with ``x``; ``what`` it is called in the message.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        value = self._current.get(key)
+        if value is not None and value.shape != x.shape:
+            raise ValueError(
+                f"{what} of {key!r} has shape {tuple(value.shape)} but the tensor has "
+                f"{tuple(x.shape)}; load state of the same model, or start without it"
+            )
+        return value
+
     def stage(self, key: str, value: Tensor | None) -> None:
         """``value`` replaces the tensor at ``commit(True)``; None removes it."""
         self._staged[key] = value

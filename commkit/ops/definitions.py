@@ -25,6 +25,10 @@ def _fake_pack_ternary(codes: Tensor) -> Tensor:
     return codes.new_empty((codes.numel() + 3) // 4, dtype=torch.uint8)
 
 
+def _fake_pack_nibbles(codes: Tensor) -> Tensor:
+    return codes.new_empty((codes.numel() + 1) // 2, dtype=torch.uint8)
+
+
 def _fake_unpack(packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     return packed.new_empty(numel, dtype=dtype)
 
@@ -47,6 +51,34 @@ def _fake_dequantize_blocks(
     return codes.new_empty(numel, dtype=torch.float32)
 
 
+def _fake_quantize_buckets(
+    x: Tensor, levels: int, bucket_size: int, l2: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    scales = x.new_empty((x.numel() + bucket_size - 1) // bucket_size, dtype=torch.float32)
+    return x.new_empty(x.numel(), dtype=torch.int8), scales
+
+
+def _fake_quantize_codebook(
+    x: Tensor, levels: Tensor, block_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    scales = x.new_empty((x.numel() + block_size - 1) // block_size, dtype=torch.float32)
+    return x.new_empty(x.numel(), dtype=torch.uint8), scales
+
+
+def _fake_dequantize_codebook(
+    codes: Tensor, levels: Tensor, scales: Tensor, block_size: int
+) -> Tensor:
+    return codes.new_empty(codes.numel(), dtype=torch.float32)
+
+
+def _fake_quantize_natural(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.numel(), dtype=torch.uint8), x.new_empty(1, dtype=torch.float32)
+
+
+def _fake_dequantize_natural(codes: Tensor, top: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.numel(), dtype=dtype)
+
+
 def _fake_sample_threshold(x: Tensor, k: int, seed: int) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
@@ -66,6 +98,8 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "ternarize": ("(Tensor x, Tensor scale, int seed) -> Tensor", _fake_ternarize),
     "pack_ternary": ("(Tensor codes) -> Tensor", _fake_pack_ternary),
     "unpack_ternary": ("(Tensor packed, SymInt numel, ScalarType dtype) -> Tensor", _fake_unpack),
+    "pack_nibbles": ("(Tensor codes) -> Tensor", _fake_pack_nibbles),
+    "unpack_nibbles": ("(Tensor packed, SymInt numel, ScalarType dtype) -> Tensor", _fake_unpack),
     "quantize_blocks": (
         "(Tensor x, int bits, int block_size, bool stochastic, int seed) -> (Tensor, Tensor)",
         _fake_quantize_blocks,
@@ -73,6 +107,23 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "dequantize_blocks": (
         "(Tensor codes, Tensor scales, SymInt numel, int bits, int block_size) -> Tensor",
         _fake_dequantize_blocks,
+    ),
+    "quantize_buckets": (
+        "(Tensor x, int levels, int bucket_size, bool l2, int seed) -> (Tensor, Tensor)",
+        _fake_quantize_buckets,
+    ),
+    "quantize_codebook": (
+        "(Tensor x, Tensor levels, int block_size, bool stochastic, int seed) -> (Tensor, Tensor)",
+        _fake_quantize_codebook,
+    ),
+    "dequantize_codebook": (
+        "(Tensor codes, Tensor levels, Tensor scales, int block_size) -> Tensor",
+        _fake_dequantize_codebook,
+    ),
+    "quantize_natural": ("(Tensor x, int seed) -> (Tensor, Tensor)", _fake_quantize_natural),
+    "dequantize_natural": (
+        "(Tensor codes, Tensor top, ScalarType dtype) -> Tensor",
+        _fake_dequantize_natural,
     ),
     "sample_threshold": ("(Tensor x, int k, int seed) -> Tensor", _fake_sample_threshold),
     "stratified_indices": (

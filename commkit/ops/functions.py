@@ -42,6 +42,31 @@ def unpack_ternary(packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, _ops.unpack_ternary(packed, numel, dtype))
 
 
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """(n,) int8 in [-8, 7] -> (ceil(n/2),) uint8, 4 bits each."""
+    return cast(Tensor, _ops.pack_nibbles(codes))
+
+
+def unpack_nibbles(packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`pack_nibbles`: (numel,) of -8 to 7 in ``dtype``."""
+    return cast(Tensor, _ops.unpack_nibbles(packed, numel, dtype))
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(n,) int8 -> (ceil(n bits / 8),) uint8: codes in [-1, 1] at 2 bits, [-8, 7] at 4, any at 8."""
+    if bits == 8:
+        return codes.view(torch.uint8)
+    return pack_ternary(codes) if bits == 2 else pack_nibbles(codes)
+
+
+def unpack_codes(packed: Tensor, numel: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`pack_codes`: (numel,) in ``dtype``, a fresh tensor."""
+    if bits == 8:
+        return packed.view(torch.int8).to(dtype, copy=True)
+    unpack = unpack_ternary if bits == 2 else unpack_nibbles
+    return unpack(packed, numel, dtype)
+
+
 def quantize_blocks(
     x: Tensor, bits: int, block_size: int, stochastic: bool, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +80,40 @@ def dequantize_blocks(
 ) -> Tensor:
     """Inverse of :func:`quantize_blocks` up to rounding: (numel,) float32."""
     return cast(Tensor, _ops.dequantize_blocks(codes, scales, numel, bits, block_size))
+
+
+def quantize_buckets(
+    x: Tensor, levels: int, bucket_size: int, l2: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """(n,) float -> (n,) int8 codes in [-levels, levels] and (ceil(n/bucket_size),) float32 scales with
+    ``scale * E[code] = x``; a scale is its bucket's 2-norm (else largest magnitude) over ``levels``."""
+    return cast(tuple[Tensor, Tensor], _ops.quantize_buckets(x, levels, bucket_size, l2, seed))
+
+
+def quantize_codebook(
+    x: Tensor, levels: Tensor, block_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """(n,) float, (k <= 256,) increasing float32 levels from below to above zero -> (n,) uint8 indices and
+    (ceil(n/block_size),) float32 scales. ``seed`` is used by stochastic rounding alone."""
+    return cast(
+        tuple[Tensor, Tensor], _ops.quantize_codebook(x, levels, block_size, stochastic, seed)
+    )
+
+
+def dequantize_codebook(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    """Inverse of :func:`quantize_codebook` up to rounding: (n,) float32."""
+    return cast(Tensor, _ops.dequantize_codebook(codes, levels, scales, block_size))
+
+
+def quantize_natural(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """(n,) float -> (n,) uint8 of sign and exponent, and ``top``, (1,) float32: the power of two that the
+    largest code stands for. ``E`` of what is decoded is ``x``."""
+    return cast(tuple[Tensor, Tensor], _ops.quantize_natural(x, seed))
+
+
+def dequantize_natural(codes: Tensor, top: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_natural` up to rounding: (n,) of ``dtype``."""
+    return cast(Tensor, _ops.dequantize_natural(codes, top, dtype))
 
 
 def sample_threshold(x: Tensor, k: int, seed: int) -> Tensor:

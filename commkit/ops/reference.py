@@ -7,6 +7,7 @@ a hash of (seed, element index), the same on every device.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -35,9 +36,15 @@ def _ternary_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _nibble_table(device: torch.device) -> Tensor:
+def _nibble_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     codes = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(0, 8, 4, device=device)
-    return ((codes & 15) - 8).to(torch.float32)
+    return ((codes & 15) - 8).to(dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _natural_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    sizes = [0.0, *(math.ldexp(1.0, code - 127) for code in range(1, 128))]
+    return torch.tensor([*sizes, *(-size for size in sizes)], dtype=dtype, device=device)
 
 
 def _as_int32(value: int) -> int:
@@ -99,6 +106,18 @@ def unpack_ternary(packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     return table.index_select(0, packed.to(torch.int32)).view(-1)[:numel]
 
 
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """int8 in [-8, 7] -> 4 bits each (code + 8), 2 per byte, the first in the lower bits."""
+    pairs = _pad_to(codes + 8, 2).view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """(numel,) of -8 to 7."""
+    table = _nibble_table(dtype, packed.device)
+    return table.index_select(0, packed.to(torch.int32)).view(-1)[:numel]
+
+
 def quantize_blocks(
     x: Tensor, bits: int, block_size: int, stochastic: bool, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -122,8 +141,7 @@ def quantize_blocks(
     codes = y.clamp_(-top, top).to(torch.int8).view(-1)[: x.numel()]
     if bits == 8:
         return codes.view(torch.uint8), scales
-    pairs = _pad_to(codes + 8, 2).view(torch.int16)
-    return (pairs | (pairs >> 4)).to(torch.uint8), scales
+    return pack_nibbles(codes), scales
 
 
 def dequantize_blocks(
@@ -133,9 +151,92 @@ def dequantize_blocks(
     if bits == 8:
         values = codes.view(torch.int8).to(torch.float32)
     else:
-        values = _nibble_table(codes.device).index_select(0, codes.to(torch.int32)).view(-1)
-    values = _pad_to(values[:numel], block_size).view(-1, block_size)
-    return (values * scales.unsqueeze(1)).view(-1)[:numel]
+        values = unpack_nibbles(codes, numel, torch.float32)
+    return _scale_blocks(values[:numel], scales, block_size)
+
+
+def _scale_blocks(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    blocks = _pad_to(values, block_size).view(-1, block_size)
+    return (blocks * scales.unsqueeze(1)).view(-1)[: values.numel()]
+
+
+def quantize_buckets(
+    x: Tensor, levels: int, bucket_size: int, l2: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """int8 codes in [-levels, levels], rounded up or down at random, with one scale per bucket: its 2-norm
+    (or largest magnitude) over ``levels``.
+
+    Buckets below the smallest normal scale are sent as zeros, as in ``quantize_blocks``.
+    """
+    buckets = _pad_to(x.to(torch.float32), bucket_size).view(-1, bucket_size)
+    low, high = torch.aminmax(buckets, dim=1)
+    peaks = torch.maximum(high, -low)
+    scales = peaks / levels
+    if l2:
+        # Relative to the peak: squares of the elements themselves would over- or underflow.
+        relative = buckets / torch.where(peaks > 0, peaks, torch.inf).unsqueeze(1)
+        scales = scales * torch.linalg.vector_norm(relative, dim=1)
+    scales = torch.where(scales < torch.finfo(torch.float32).tiny, 0, scales)
+    y = buckets / torch.where(scales > 0, scales, torch.inf).unsqueeze(1)
+    floor = y.floor()
+    y.sub_(floor)
+    floor += uniform_noise(y.numel(), seed, x.device).view_as(y) < y
+    codes = floor.clamp_(-levels, levels).to(torch.int8)
+    return codes.view(-1)[: x.numel()], scales
+
+
+def quantize_codebook(
+    x: Tensor, levels: Tensor, block_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """uint8 indices into ``levels`` (at most 256, increasing, the first negative, the last positive), with
+    the smallest scale per block that puts all of it between the first and the last level.
+
+    Division in place of a reciprocal, which would be inf where the scale is denormal.
+    """
+    blocks = _pad_to(x.to(torch.float32), block_size).view(-1, block_size)
+    low, high = torch.aminmax(blocks, dim=1)
+    scales = torch.maximum(high / levels[-1], low / levels[0])
+    y = blocks / torch.where(scales > 0, scales, torch.inf).unsqueeze(1)
+    if stochastic:
+        below = (torch.bucketize(y, levels, right=True) - 1).clamp_(0, levels.numel() - 2)
+        lower = levels.index_select(0, below.view(-1)).view_as(y)
+        gaps = levels.diff().index_select(0, below.view(-1)).view_as(y)
+        noise = uniform_noise(y.numel(), seed, x.device).view_as(y)
+        codes = below + (noise * gaps < y - lower)
+    else:
+        codes = torch.bucketize(y, (levels[1:] + levels[:-1]) / 2)
+    return codes.to(torch.uint8).view(-1)[: x.numel()], scales
+
+
+def dequantize_codebook(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    """(n,) float32."""
+    return _scale_blocks(levels.index_select(0, codes.to(torch.int32)), scales, block_size)
+
+
+def quantize_natural(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """uint8: the sign in the highest bit, below it 0 for zero or 127 - k for ``top * 2^-k``; and ``top``,
+    (1,) float32, the smallest power of two that no magnitude exceeds."""
+    sizes = x.to(torch.promote_types(x.dtype, torch.float32)).abs()
+    peak = sizes.amax() if sizes.numel() else sizes.new_zeros(())
+    # size = mantissa * 2^exponent with the mantissa in [1/2, 1)
+    mantissas, exponents = torch.frexp(sizes)
+    mantissa, exponent = torch.frexp(peak)
+    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
+    # peak / mantissa is a power of two, exactly; inf if float32 has none so large
+    top = torch.where(mantissa > 0.5, peak / mantissa, peak)
+    noise = uniform_noise(x.numel(), seed, x.device)
+    depth = exponent - (exponents - 1)
+    above = (127 - depth) + (noise < 2 * mantissas - 1)
+    smallest = noise < torch.ldexp(mantissas, exponents + 126 - exponent)
+    codes = torch.where(depth <= 126, above, smallest).clamp_(0, 127) * (mantissas > 0)
+    codes += (x < 0).to(codes.dtype) << 7
+    return codes.to(torch.uint8), top.to(torch.float32).view(1)
+
+
+def dequantize_natural(codes: Tensor, top: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n,) of ``dtype``."""
+    table = _natural_table(dtype, codes.device)
+    return table.index_select(0, codes.to(torch.int32)) * top.to(dtype)
 
 
 def sample_threshold(x: Tensor, k: int, seed: int) -> Tensor:

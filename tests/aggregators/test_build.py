@@ -10,9 +10,22 @@ import pytest
 import torch
 
 from commkit import registry
-from commkit.aggregators import AllGather, AllReduce, Noop, PowerSGD, TwoShot
-from commkit.compressors import BlockQuantize, Cast, NoCompression, RandomK, Sign, Ternary, TopK
-from commkit.feedback import ErrorFeedback
+from commkit.aggregators import AllGather, AllReduce, Noop, PowerSGD, TernGrad, TwoShot
+from commkit.compressors import (
+    QSGD,
+    BlockQuantize,
+    Cast,
+    DynamicTree,
+    Natural,
+    NoCompression,
+    RandomK,
+    Sign,
+    SignVote,
+    Ternary,
+    TopK,
+)
+from commkit.feedback import ErrorFeedback, Momentum, NoFeedback
+from commkit.reducer import Reducer
 from commkit.types import Aggregator
 
 
@@ -49,6 +62,9 @@ def test_summable_payloads_may_go_anywhere(compressor) -> None:
         (lambda: PowerSGD(min_compression_rate=float("nan")), "min_compression_rate=nan must be"),
         (lambda: PowerSGD(min_compression_rate=-1), "min_compression_rate=-1 must be >= 0; use"),
         (lambda: TwoShot(Sign(), granule=7), "granule=7 must be >= 8; use"),
+        (lambda: TernGrad(clip=-1.0), "clip=-1.0 must be >= 0; use"),
+        (lambda: TernGrad(clip=float("nan")), "clip=nan must be >= 0; use"),
+        (lambda: TernGrad(granule=7), "granule=7 must be >= 8; use"),
     ],
 )
 def test_settings_out_of_range_name_field_value_and_remedy(make, message: str) -> None:
@@ -56,11 +72,38 @@ def test_settings_out_of_range_name_field_value_and_remedy(make, message: str) -
         make()
 
 
+DIVERGENT = [Ternary(), SignVote(), RandomK(unbiased=True), QSGD(), QSGD(4, norm="max")]
+CONTRACTIVE = [Sign(), TopK(), RandomK(), QSGD(8), DynamicTree(), Natural(), BlockQuantize(4)]
+
+
+@pytest.mark.parametrize("compressor", DIVERGENT, ids=str)
+def test_error_feedback_is_refused_where_it_diverges(compressor) -> None:
+    words = rf"feedback ErrorFeedback diverges on {type(compressor).__name__}.*use .*'none', or"
+    with pytest.raises(TypeError, match=words):
+        Reducer(AllGather(compressor), ErrorFeedback())
+    with pytest.raises(TypeError, match=f"server_{words}"):
+        TwoShot(compressor, ErrorFeedback())
+    for feedback in (NoFeedback(), Momentum()):
+        Reducer(TwoShot(compressor), feedback)
+
+
+def test_error_feedback_is_refused_on_an_aggregator_too() -> None:
+    with pytest.raises(TypeError, match="diverges on TernGrad"):
+        Reducer(TernGrad(), ErrorFeedback())
+    Reducer(PowerSGD(), ErrorFeedback())
+
+
+@pytest.mark.parametrize("compressor", CONTRACTIVE, ids=str)
+def test_error_feedback_goes_with_contractions(compressor) -> None:
+    Reducer(TwoShot(compressor, ErrorFeedback()), ErrorFeedback())
+
+
 EXAMPLES: dict[str, Callable[[], Aggregator]] = {
     "all_gather": lambda: AllGather(TopK()),
     "all_reduce": lambda: AllReduce(Cast()),
     "noop": Noop,
     "powersgd": PowerSGD,
+    "terngrad": TernGrad,
     "two_shot": lambda: TwoShot(Sign(), ErrorFeedback()),
 }
 
@@ -79,7 +122,7 @@ def test_aggregators_are_what_their_protocol_says(name: str) -> None:
     aggregator.load_state_dict({})
 
 
-@pytest.mark.parametrize("name", ["all_gather", "all_reduce", "noop"])
+@pytest.mark.parametrize("name", ["all_gather", "all_reduce", "noop", "terngrad"])
 def test_state_for_an_aggregator_without_state_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match="keeps no state but got 1 entries"):
         EXAMPLES[name]().load_state_dict({"shared/w": torch.zeros(3)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from commkit.compressors import BlockQuantize, Cast, RandomK, Sign, Ternary, TopK
+from commkit.compressors import QSGD, BlockQuantize, Cast, DynamicTree, RandomK, Sign, Ternary, TopK
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,16 @@ from commkit.compressors import BlockQuantize, Cast, RandomK, Sign, Ternary, Top
         (lambda: BlockQuantize(block_size=0), "block_size=0 must be an even number >= 2"),
         (lambda: BlockQuantize(block_size=7), "block_size=7 must be an even number >= 2"),
         (lambda: BlockQuantize(rounding="up"), "rounding='up' must be"),
+        (lambda: QSGD(bits=3), "bits=3 must be 2, 4 or 8; use"),
+        (lambda: QSGD(bucket_size=6), "bucket_size=6 must be a multiple of 4; use"),
+        (lambda: QSGD(norm="l1"), "norm='l1' must be 'l2' or 'max'; use"),
+        (lambda: QSGD(levels=8), r"levels=8 must be in \[1, 7\] at bits=4; use"),
+        (lambda: QSGD(levels=0), r"levels=0 must be in \[1, 7\]"),
+        (lambda: DynamicTree(block_size=0), "block_size=0 must be >= 1; use"),
+        (
+            lambda: DynamicTree(rounding="up"),
+            "rounding='up' must be 'nearest' or 'stochastic'; use",
+        ),
         (lambda: Cast("fp32"), "dtype='fp32' must be 'bf16' or 'fp16'"),
         (lambda: Sign("l2"), "scale='l2' must be 'l1' or 'rms'"),
         (lambda: Ternary(-0.1), "clip=-0.1 must be >= 0"),

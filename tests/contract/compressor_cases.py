@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-import commkit.compressors  # noqa: F401  (fills the registry)
 from commkit import registry
+from commkit.compressors import QSGD
 from commkit.types import Compressor, TensorCtx
 
 Bound = Callable[[torch.Tensor], float]
@@ -27,6 +27,7 @@ class CompressorCase:
         unbiased: the mean over steps and salts is the input.
         contraction: upper bound of |x - C(x)|^2 / |x|^2 (its mean, if C draws at random).
         error: upper bound of |x - C(x)| / max|x|, element by element.
+        magnitudes: what is decoded grows with the input. A vote says +1 or -1, of zeros too.
     """
 
     name: str
@@ -35,6 +36,7 @@ class CompressorCase:
     unbiased: bool = False
     contraction: Bound | None = None
     error: float | None = None
+    magnitudes: bool = True
 
     def build(self) -> Compressor:
         return registry.lookup("compressor", self.name)(**self.fields)
@@ -51,6 +53,11 @@ def _kept(density: float) -> Bound:
 def _l1(x: torch.Tensor) -> float:
     """mean|x| is the best scale: what it leaves is |x|_2^2 - |x|_1^2 / n, exactly."""
     return 1 - float(x.abs().sum() ** 2 / (x.numel() * x.square().sum()))
+
+
+def _variance(case: Mapping[str, Any]) -> Bound:
+    """QSGD's own bound."""
+    return lambda x: QSGD(**case).variance_bound
 
 
 _CASES = [
@@ -73,6 +80,40 @@ _CASES = [
         error=0.501 / 7,
         contraction=_kept(0),
     ),
+    CompressorCase("qsgd", salted=True, unbiased=True, error=1.001 * 512**0.5 / 7),
+    CompressorCase(
+        "qsgd",
+        {"bits": 8},
+        salted=True,
+        unbiased=True,
+        error=1.001 * 512**0.5 / 127,
+        contraction=_variance({"bits": 8}),
+    ),
+    CompressorCase(
+        "qsgd",
+        {"bits": 4, "norm": "max", "bucket_size": 64, "levels": 5},
+        salted=True,
+        unbiased=True,
+        error=1.001 / 5,
+        contraction=_variance({"bits": 4, "norm": "max", "bucket_size": 64, "levels": 5}),
+    ),
+    CompressorCase(
+        "qsgd",
+        {"bits": 2, "norm": "max", "bucket_size": 64},
+        salted=True,
+        unbiased=True,
+        error=1.0,
+    ),
+    # the widest cell is 0.9 / 64; scales are up to 1.007 times the largest
+    CompressorCase("dynamic8", salted=True, unbiased=True, error=1.008 * 0.9 / 64),
+    CompressorCase(
+        "dynamic8",
+        {"block_size": 100, "rounding": "nearest"},
+        error=1.008 * 0.45 / 64,
+        contraction=_kept(0),
+    ),
+    CompressorCase("natural", salted=True, unbiased=True, error=1.0, contraction=lambda x: 1 / 8),
+    CompressorCase("vote", magnitudes=False),
     CompressorCase("sign", {"scale": "l1"}, contraction=_l1),
     CompressorCase("sign", {"scale": "rms"}),
     CompressorCase("ternary", {"clip": 0.0}, salted=True, unbiased=True, error=1.0),

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from commkit import registry
-from commkit.feedback import NoFeedback
+from commkit.compressors import SignVote
+from commkit.feedback import ErrorFeedback
 from commkit.metrics import StepStats
 from commkit.reducer import Reducer
 from commkit.schemes import make_reducer
 from commkit.sim import ThreadComm, run_threads
 from commkit.types import Aggregated, Comm, StateDict, TensorCtx
+from tests.named_schemes import REDUCERS
 
 Tensors = dict[str, torch.Tensor]
 EF = "error_feedback"
@@ -42,6 +43,14 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "int8-nearest": {"name": "int8", "rounding": "nearest", "min_numel": 0},
     "int4-all": {"name": "int4", "min_numel": 0},
     "int4-stochastic": {"name": "int4", "rounding": "stochastic", "min_numel": 0},
+    "dynamic8-all": {"name": "dynamic8", "min_numel": 0},
+    "dynamic8-nearest": {"name": "dynamic8", "rounding": "nearest", "min_numel": 0},
+    "qsgd-all": {"name": "qsgd", "min_numel": 0},
+    "qsgd-2": {"name": "qsgd", "bits": 2, "norm": "max", "bucket_size": 64, "min_numel": 0},
+    "natural-all": {"name": "natural", "min_numel": 0},
+    "terngrad-all": {"name": "terngrad", "min_numel": 0},
+    "terngrad-unclipped": {"name": "terngrad", "clip": 0.0, "min_numel": 0},
+    "signum": {"name": "signsgd_vote", "momentum": 0.9},
     "sign-all": {"name": "sign", "min_numel": 0},
     "sign-rms": {"name": "sign", "scale": "rms", "min_numel": 0},
     "topk-all": {"name": "topk", "density": 0.1, "min_numel": 0},
@@ -59,7 +68,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "two_shot", {"name": "topk", "density": 0.2}, EF, server_feedback=EF, granule=64
     ),
 }
-BLOCKS |= {name: {"name": name} for name in registry.names("scheme") if name not in UNLAWFUL}
+BLOCKS |= {name: {"name": name} for name in REDUCERS if name not in UNLAWFUL}
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "matrix": (64, 48),
@@ -78,9 +87,15 @@ def build(case: str) -> Reducer:
 
 def keeps_all(case: str) -> bool:
     """Whether what is not sent is kept."""
-    return not isinstance(build(case).feedback, NoFeedback)
+    return isinstance(build(case).feedback, ErrorFeedback)
 
 
+def votes(case: str) -> bool:
+    """Whether results are +1 and -1, whatever the gradients' size, and zeros are decided by a coin."""
+    return isinstance(getattr(build(case).aggregator, "compressor", None), SignVote)
+
+
+VOTES = [case for case in BLOCKS if votes(case)]
 WITH_FEEDBACK = [case for case in BLOCKS if keeps_all(case)]
 
 

@@ -17,7 +17,6 @@ from commkit import registry
 from commkit.reducer import Reducer
 from commkit.schemes import make_reducer
 from commkit.sim import ThreadComm, run_threads
-from commkit.types import Compressor
 from tests.contract.scheme_cases import Recorder, Tensors, copied
 
 CARRIERS = ("all_reduce", "all_gather", "two_shot")
@@ -44,12 +43,13 @@ def build(compressor: str, aggregator: str, feedback: str) -> Reducer:
 
 
 def goes_together(compressor: str, aggregator: str, feedback: str) -> bool:
-    code: type[Compressor] = registry.lookup("compressor", compressor)  # type: ignore[assignment]
+    code = registry.lookup("compressor", compressor)()
+    kept = registry.lookup("feedback", feedback)()
     if aggregator == "all_reduce":
         carried = code.wire == "summable"
     else:
         carried = code.fixed_size
-    return carried and (feedback != "error_feedback" or code.allows_error_feedback)
+    return carried and (code.allows_error_feedback or not kept.needs_contraction)
 
 
 def gradients(rank: int, step: int) -> Tensors:

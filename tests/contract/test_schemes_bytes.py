@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from commkit.aggregators import AllGather, AllReduce, PowerSGD, TwoShot
-from commkit.aggregators.sharding import shards_of
+from commkit.aggregators import AllGather, AllReduce, PowerSGD, TernGrad, TwoShot
+from commkit.aggregators.sharding import Shard, shards_of
+from commkit.aggregators.terngrad import sum_bits
 from commkit.reducer import Reducer
 from commkit.schemes import make_reducer
 from commkit.sim import ThreadComm, run_threads
@@ -35,6 +36,10 @@ def contexts(reducer: Reducer, named) -> tuple[list[TensorCtx], int]:
     return compressed, 4 * dense
 
 
+def shards_in(ctxs: list[TensorCtx], world_size: int, granule: int) -> list[Shard]:
+    return [s for i, ctx in enumerate(ctxs) for s in shards_of(i, ctx, world_size, granule)]
+
+
 def declared(reducer: Reducer, named, world_size: int) -> tuple[int, int]:
     """(payload bytes of all ranks together, number of messages) of one reduction, from declarations."""
     compressed, dense = contexts(reducer, named)
@@ -45,14 +50,15 @@ def declared(reducer: Reducer, named, world_size: int) -> tuple[int, int]:
             factors = aggregator.factors(ctx.shape)
             numbers += factors[2] * (factors[0] + factors[1]) if factors else ctx.numel
         return world_size * (4 * numbers + dense), 0
+    if isinstance(aggregator, TernGrad):
+        shards = shards_in(compressed, world_size, aggregator.granule)
+        codes = sum(-(-s.numel * 2 // 8) + -(-s.numel * sum_bits(world_size) // 8) for s in shards)
+        scales = 4 * (len(compressed) + 1)
+        return world_size * (codes + scales + dense), 2 * world_size**2
     assert isinstance(aggregator, AllReduce | AllGather | TwoShot)
     size = aggregator.compressor.payload_bytes
     if isinstance(aggregator, TwoShot):
-        shards = [
-            s
-            for i, ctx in enumerate(compressed)
-            for s in shards_of(i, ctx, world_size, aggregator.granule)
-        ]
+        shards = shards_in(compressed, world_size, aggregator.granule)
         there = world_size * sum(size(s.ctx) for s in shards)
         return 2 * there + world_size * dense, 2 * world_size**2
     return world_size * (sum(map(size, compressed)) + dense), world_size
@@ -83,6 +89,14 @@ def test_one_rank_alone_sends_nothing(case: str) -> None:
         ({"name": "int8"}, 2, 3.8),
         ({"name": "int8"}, 4, 3.8),
         ({"name": "int4"}, 2, 7.3),
+        ({"name": "dynamic8"}, 3, 3.8),
+        ({"name": "natural"}, 3, 3.9),
+        ({"name": "qsgd"}, 2, 7.7),
+        ({"name": "qsgd", "bits": 2}, 4, 15),
+        ({"name": "terngrad"}, 2, 10.6),
+        ({"name": "terngrad"}, 4, 10.6),
+        ({"name": "signsgd_vote"}, 2, 31),
+        ({"name": "signsgd_vote"}, 4, 31),
         ({"name": "bf16"}, 3, 1.99),
         ({"name": "randomk", "density": 0.01}, 3, 99),
         ({"name": "powersgd", "rank": 4}, 2, 56),
@@ -109,6 +123,9 @@ def test_wire_bytes_against_a_float32_all_reduce(block, world_size: int, factor:
         ("sign-gathered", 1),
         ("sign-all", 2),
         ("int8-all", 2),
+        ("qsgd-all", 2),
+        ("signsgd_vote", 2),
+        ("terngrad-all", 3),
         ("powersgd", 2),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from commkit.schemes import make_reducer
 from commkit.sim import ThreadComm, run_threads
 
-from .scheme_cases import BLOCKS, SHAPES, WITH_FEEDBACK, build, gradients, run
+from .scheme_cases import BLOCKS, SHAPES, VOTES, WITH_FEEDBACK, build, gradients, run
 
 NEUTRAL = {
     "topk of all": {"name": "topk", "density": 1.0, "min_numel": 0},
@@ -18,7 +18,18 @@ NEUTRAL = {
     "powersgd of full rank": {"name": "powersgd", "rank": 64, "min_compression_rate": 0.0},
 }
 LATE = {
-    name: {"name": name, "start_step": 3} for name in ("int8", "int4", "sign", "topk", "randomk")
+    name: {"name": name, "start_step": 3}
+    for name in (
+        "int8",
+        "int4",
+        "sign",
+        "topk",
+        "randomk",
+        "dynamic8",
+        "qsgd",
+        "natural",
+        "terngrad",
+    )
 }
 
 
@@ -72,6 +83,29 @@ def test_gradient_descent_reaches_the_optimum_of_a_quadratic(case: str) -> None:
 
     # 1 at the start, e^-9 for exact descent
     assert max(run_threads(body, 2)) < 0.05
+
+
+@pytest.mark.parametrize("case", VOTES)
+def test_votes_descend_to_within_a_step_of_the_median(case: str) -> None:
+    """The sign of sums is the gradient of sum |x - b_r|: three ranks meet at the median of b."""
+    targets = torch.stack([gradients(rank, 0)["vector"] for rank in range(3)])
+    lr, steps = 0.02, 400
+
+    def body(comm: ThreadComm) -> torch.Tensor:
+        x, reducer = torch.zeros(2000), build(case)
+        for _ in range(steps):
+            x = x - lr * reducer.reduce({"weight": x - targets[comm.rank]}, comm)["weight"]
+            reducer.end_step()
+        return x
+
+    median = targets.median(0).values
+    near = median.abs() < lr * steps / 2
+    for x in run_threads(body, 3):
+        error = (x - median)[near].abs()
+        # Momentum lags by beta / (1 - beta) steps on average, each of size lr: farther from the median than
+        # that its sign is right. 1 % is float32 rounding of 400 steps.
+        beta = getattr(build(case).feedback, "beta", 0.0)
+        assert float(error.max()) <= 1.01 * lr * (1 + beta / (1 - beta))
 
 
 def one_of_each() -> list[str]:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from commkit.aggregators import TwoShot
+from commkit.aggregators import TernGrad, TwoShot
 from commkit.reducer import Reducer
 from commkit.sim import ThreadComm, run_threads
 
 from .scheme_cases import (
     BLOCKS,
     SHAPES,
+    VOTES,
     WITH_FEEDBACK,
     Tensors,
     build,
@@ -99,7 +100,7 @@ def test_a_bad_tensor_that_is_not_compressed_freezes_the_step_too(case: str) -> 
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@every_scheme
+@pytest.mark.parametrize("case", [case for case in BLOCKS if case not in VOTES])
 def test_zero_gradients(case: str, world_size: int) -> None:
     """Zeros at first, zeros later: never a NaN, and other steps are as good as before."""
 
@@ -113,6 +114,22 @@ def test_zero_gradients(case: str, world_size: int) -> None:
         assert all(bool(x.isfinite().all()) for x in trace.state.values())
         assert trace.outs[2]["matrix"].any()
         assert not any(stats.nonfinite for stats in trace.stats)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("case", VOTES)
+def test_votes_on_zeros_are_coins(case: str, world_size: int) -> None:
+    """They have no third value; always +1 would make parameters drift."""
+
+    def grads(rank: int, step: int) -> Tensors:
+        return {key: torch.zeros_like(x) for key, x in gradients(rank, step).items()}
+
+    for trace in run(lambda: build(case), world_size, 4, grads):
+        tossed = torch.stack([outs["matrix"] for outs in trace.outs])
+        assert bool((tossed.abs() == 1).all())
+        # 5 standard deviations of the mean of fair coins
+        assert tossed.mean().abs() < 5 / tossed.numel() ** 0.5
+        assert not torch.equal(tossed[0], tossed[1])
 
 
 def opposite(rank: int, step: int) -> Tensors:
@@ -132,11 +149,11 @@ def test_opposite_gradients(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in BLOCKS if not isinstance(build(case).aggregator, TwoShot)]
+    "case", [case for case in BLOCKS if not isinstance(build(case).aggregator, TwoShot | TernGrad)]
 )
 def test_equal_gradients_need_no_averaging(case: str) -> None:
     """Two equal ranks get what one alone would. (Two-shot cuts tensors into as many shards as there are
-    ranks, each with its own scale.)"""
+    ranks, each with its own scale; TernGrad's ranks round independently.)"""
 
     def grads(rank: int, step: int) -> Tensors:
         return gradients(0, step, torch.float64)
@@ -163,7 +180,10 @@ def test_results_scale_with_the_gradients(case: str, exponent: int) -> None:
         for key in SHAPES:
             # powers of two are exact; sums and factorisations may round differently
             torch.testing.assert_close(
-                second[key] * 2.0**-exponent, first[key], rtol=1e-4, atol=1e-5
+                second[key] * (1 if case in VOTES else 2.0**-exponent),
+                first[key],
+                rtol=1e-4,
+                atol=1e-5,
             )
 
 

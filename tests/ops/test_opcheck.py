@@ -13,6 +13,7 @@ from commkit import ops
 CPU = torch.device("cpu")
 _GENERATOR = torch.Generator().manual_seed(0)
 FLOATS = torch.randn(1000, generator=_GENERATOR)
+LEVELS = torch.linspace(-1, 1, 16)
 TERNARY = torch.randint(-1, 2, (1001,), generator=_GENERATOR).to(torch.int8)
 
 SAMPLES: dict[str, list[tuple[Any, ...]]] = {
@@ -22,6 +23,23 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "ternarize": [(FLOATS, FLOATS.abs().amax(), 3)],
     "pack_ternary": [(TERNARY,), (TERNARY[:0],)],
     "unpack_ternary": [(ops.pack_ternary(TERNARY), 1001, torch.float64)],
+    "pack_nibbles": [(TERNARY * 7,), (TERNARY[:0],)],
+    "unpack_nibbles": [(ops.pack_nibbles(TERNARY), 1001, torch.float64)],
+    "quantize_buckets": [
+        (FLOATS, 7, 64, True, 5),
+        (FLOATS[:7].half(), 1, 64, False, 5),
+        (FLOATS[:0], 7, 64, True, 5),
+    ],
+    "quantize_codebook": [
+        (FLOATS, LEVELS, 64, True, 5),
+        (FLOATS[:7].half(), LEVELS, 64, False, 0),
+        (FLOATS[:0], LEVELS, 64, True, 0),
+    ],
+    "dequantize_codebook": [
+        ((TERNARY + 1).to(torch.uint8), LEVELS, FLOATS[:16], 64),
+    ],
+    "quantize_natural": [(FLOATS, 5), (FLOATS[:7].double(), 5), (FLOATS[:0].half(), 5)],
+    "dequantize_natural": [((TERNARY + 1).to(torch.uint8), FLOATS[:1], torch.float64)],
     "quantize_blocks": [
         (FLOATS, bits, 64, stochastic, 5) for bits in (4, 8) for stochastic in (False, True)
     ]
