@@ -6,6 +6,7 @@ finite check -> compensate -> aggregate -> update. Users choose the parts, never
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .aggregators.health import are_finite, require_finite
+from .aggregators.hierarchical import Hierarchical
 from .aggregators.stateless import Stateless
 from .feedback import ErrorFeedback, NoFeedback
 from .metrics import StepStats
@@ -25,6 +27,7 @@ from .types import (
     Comm,
     Feedback,
     NonFiniteError,
+    Preparable,
     StateDict,
     TensorCtx,
     section,
@@ -46,6 +49,9 @@ class Reducer:
         feedback: what becomes of the part left unsent.
         policy: which tensors are compressed, and from which step on.
         seed: base of shared randomness; equal on all ranks.
+
+    Raises:
+        TypeError: a feedback around a hierarchical aggregator.
     """
 
     def __init__(
@@ -57,6 +63,11 @@ class Reducer:
     ) -> None:
         self.aggregator = aggregator
         self.feedback: Feedback = NoFeedback() if feedback is None else feedback
+        if isinstance(aggregator, Hierarchical) and not isinstance(self.feedback, NoFeedback):
+            raise TypeError(
+                f"{type(self.feedback).__name__} around a hierarchical aggregator has nothing to keep: what is "
+                "left unsent is the node's; use Hierarchical(aggregator, feedback=...) and no feedback outside"
+            )
         self.policy = Policy() if policy is None else policy
         self.seed = seed
         self.step = 0
@@ -69,6 +80,22 @@ class Reducer:
         """The configuration as plain data; ranks compare it at attach."""
         parts = {"aggregator": self.aggregator, "feedback": self.feedback, "policy": self.policy}
         return {**{name: spec(part) for name, part in parts.items()}, "seed": self.seed}
+
+    def prepare(self, named: Mapping[str, Tensor], comm: Comm) -> None:
+        """Set up and check what the aggregator can before the first reduction: groups of ranks, a setting
+        that fits no tensor. Optional; collective over ``comm``, the one of all later reductions.
+
+        Args:
+            named: tensors like all the gradients to come.
+            comm: the group.
+
+        Raises:
+            ValueError: on every rank together.
+        """
+        if isinstance(self.aggregator, Preparable):
+            step = max(self.step, self.policy.start_step)
+            ctxs = [replace(self._ctx(key, x), step=step) for key, x in named.items()]
+            self.aggregator.prepare([c for c in ctxs if self.policy.compresses(c)], comm)
 
     def reduce(
         self, named: Mapping[str, Tensor], comm: Comm, hold: Collection[str] = ()

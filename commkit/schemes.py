@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from .aggregators import AllGather, AllReduce, Noop, PowerSGD, TwoShot
+from .aggregators import AllGather, AllReduce, Hierarchical, Noop, PowerSGD, TwoShot
+from .aggregators.nodes import Nodes
+from .aggregators.rank_schedule import Rank
 from .compressors import BlockQuantize, Cast, NoCompression, RandomK, Sign, TopK
 from .config import ConfigError, build, load_yaml
 from .feedback import ErrorFeedback, NoFeedback
@@ -151,28 +153,60 @@ def randomk(
 
 @register("scheme", "powersgd")
 def powersgd(
-    rank: int = 4,
+    rank: Rank = 4,
     min_compression_rate: float = 2.0,
     warm_start: bool = True,
     error_feedback: bool = True,
     start_step: int = 0,
+    iteration: Literal["two_sided", "alternating"] = "two_sided",
 ) -> Reducer:
     """PowerSGD (Vogels et al. 2019): two all-reduces whose cost does not grow with the ranks.
 
     State: residual of 4 bytes per factorised element, and Q of 4 rank / rows bytes.
 
     Args:
-        rank: 1-4 for convolutions, 4-32 for transformers; double it until the loss follows plain DDP.
+        rank: 1-4 for convolutions, 4-32 for transformers; double it until the loss follows plain DDP. Or a
+            schedule of [step, rank] pairs: ``[[0, 32], [2000, 8]]`` spends more while gradients change fast.
         min_compression_rate: see :class:`~commkit.aggregators.PowerSGD`.
         warm_start: keep Q from step to step.
         error_feedback: off only to see what it is worth.
-        start_step: dense steps before; the learning-rate warm-up is a good choice.
+        start_step: dense steps before; the learning-rate warm-up is a good choice. A schedule's steps count
+            from the beginning, these included.
+        iteration: "alternating" takes one all-reduce of half the bytes, for latency-bound links; see
+            :class:`~commkit.aggregators.PowerSGD`.
     """
     return Reducer(
-        PowerSGD(rank, min_compression_rate, warm_start),
+        PowerSGD(rank, min_compression_rate, warm_start, iteration),
         ErrorFeedback() if error_feedback else NoFeedback(),
         Policy(start_step, min_numel=0),
     )
+
+
+@register("scheme", "hierarchical")
+def hierarchical(
+    scheme: Scheme, local_size: int | None = None, nodes: Nodes | None = None
+) -> Reducer:
+    """Full precision inside each node, another scheme between nodes: ``{name: hierarchical, scheme: {name:
+    powersgd, rank: 4}}``. A node counts as one participant, whose residual is spread over its ranks.
+
+    Tensors that the scheme's policy leaves dense take one all-reduce over all ranks.
+
+    Args:
+        scheme: a name, a block, or a Reducer; its policy decides what is compressed.
+        local_size: ranks per node; None: the environment's LOCAL_WORLD_SIZE, which launchers set.
+        nodes: the ranks of each node instead, see :func:`~commkit.aggregators.nodes.nodes_of_mesh`.
+
+    Raises:
+        ValueError: a scheme that compresses nothing, or wrong nodes.
+    """
+    inner = make_reducer(scheme)
+    if inner.policy == _NEVER:
+        raise ValueError(
+            f"scheme={scheme!r} leaves everything dense, so nothing would go by nodes; for full precision use "
+            "{name: compose, aggregator: {name: all_reduce, compressor: none}}"
+        )
+    between = Hierarchical(inner.aggregator, inner.feedback, local_size, nodes)
+    return Reducer(between, policy=inner.policy, seed=inner.seed)
 
 
 @register("scheme", "compose")

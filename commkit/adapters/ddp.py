@@ -53,7 +53,9 @@ class Handle:
         self.comm = DistComm(group)
         self._names = names
         self._may_skip_parameters = may_skip_parameters
-        self._private_comm = DistComm(new_group_like(group, timeout_s))
+        self._private_comm = DistComm(new_group_like(group, timeout_s), timeout_s)
+        like = {name: p for p, name in names.items()}  # type: ignore[no-untyped-call]
+        reducer.prepare(like, self._private_comm)
         self._worker = ReductionWorker(Alarm(group, str(_attachments)), timeout_s, device)
         self._last_step = StepStats()
         self._before = dataclasses.replace(self._private_comm.bytes)

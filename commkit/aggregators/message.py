@@ -22,6 +22,12 @@ def encode(payloads: Sequence[Payload], flag: Tensor) -> Tensor:
     return torch.cat([*parts, tail])
 
 
+def encoded_bytes(like: Sequence[Payload]) -> int:
+    """Length of the message of payloads ``like``."""
+    size = 1 + sum(t.numel() * t.element_size() for payload in like for t in payload)
+    return size + -size % _ALIGN
+
+
 def decode(buffer: Tensor, like: Sequence[Payload]) -> list[Payload]:
     """Views into ``buffer`` with the shapes and dtypes of the payloads ``like``."""
     decoded: list[list[Tensor]] = [list(payload) for payload in like]

@@ -16,6 +16,7 @@ from .scheme_cases import (
     SHAPES,
     WITH_FEEDBACK,
     Tensors,
+    between_nodes,
     build,
     copied,
     gradients,
@@ -132,7 +133,7 @@ def test_opposite_gradients(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in BLOCKS if not isinstance(build(case).aggregator, TwoShot)]
+    "case", [case for case in BLOCKS if not isinstance(between_nodes(case), TwoShot)]
 )
 def test_equal_gradients_need_no_averaging(case: str) -> None:
     """Two equal ranks get what one alone would. (Two-shot cuts tensors into as many shards as there are
