@@ -67,9 +67,11 @@ def _every_scheme(rank: int, world_size: int) -> dict[str, tuple[bool, float, fl
     for scheme in names("scheme"):
         if scheme == "compose":
             continue
-        knobs = {"scheme": "powersgd", "local_size": 1} if scheme == "hierarchical" else {}
+        block: dict[str, Any] = {"name": scheme}
+        if scheme == "hierarchical":
+            block |= {"scheme": "powersgd", "local_size": 1}
         net = DDP(problem.model(), bucket_cap_mb=0.02)
-        handle = commkit.attach(net, scheme, **knobs)
+        handle = commkit.attach(net, block)
         losses = problem.train(net, range(40), rank)
         handle.close()
         outcomes[scheme] = (problem.replicas_equal(net), losses[0], sum(losses[-5:]) / 5)
