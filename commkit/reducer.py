@@ -156,6 +156,14 @@ class Reducer:
         self._begin_step()
         return stats
 
+    @property
+    def residual_norm(self) -> float:
+        """2-norm of what feedback has left unsent on this rank; for a hierarchical scheme, of its node's
+        residuals that this rank keeps."""
+        if isinstance(self.aggregator, Hierarchical):
+            return self.aggregator.feedback.norm()
+        return self.feedback.norm()
+
     def state_dict(self) -> StateDict:
         """Plain tensors by key. The first part of a key says how states merge when the world size
         changes (``commkit.types``): ``rank/NAME`` is a residual, ``aggregator/...`` the aggregator's."""

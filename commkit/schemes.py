@@ -186,10 +186,12 @@ def powersgd(
 def hierarchical(
     scheme: Scheme, local_size: int | None = None, nodes: Nodes | None = None
 ) -> Reducer:
-    """Full precision inside each node, another scheme between nodes: ``{name: hierarchical, scheme: {name:
-    powersgd, rank: 4}}``. A node counts as one participant, whose residual is spread over its ranks.
+    """Full precision inside each node, any other scheme between nodes (Jia et al. 2018 without one). A node
+    counts as one participant, whose residual is spread over its ranks: ``{name: hierarchical, scheme: {name:
+    powersgd, rank: 4}}``.
 
-    Tensors that the scheme's policy leaves dense take one all-reduce over all ranks.
+    Tensors that the scheme's policy leaves dense take one all-reduce over all ranks. Give ``attach`` the
+    whole block; a knob of the name ``scheme`` it has itself.
 
     Args:
         scheme: a name, a block, or a Reducer; its policy decides what is compressed.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -237,6 +237,9 @@ class ByteCounter:
         self.rounds += 1
         self.seconds += seconds
         self.by_op[op] = self.by_op.get(op, 0) + wire_bytes
+
+    def copy(self) -> ByteCounter:
+        return replace(self, by_op=dict(self.by_op))
 
     def labelled(self, label: str) -> int:
         """Wire bytes of the comms that were split off under ``label``, e.g. "inter": between nodes."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..aggregators.nodes import INTER
 from ..comm import DistComm, new_group_like
 from ..metrics import StepStats
 from ..reducer import Reducer
@@ -58,12 +59,12 @@ class Handle:
         reducer.prepare(like, self._private_comm)
         self._worker = ReductionWorker(Alarm(group, str(_attachments)), timeout_s, device)
         self._last_step = StepStats()
-        self._before = dataclasses.replace(self._private_comm.bytes)
+        self._before = self._private_comm.bytes.copy()
         self._reduce_seconds = 0.0
 
     @property
     def last_step(self) -> StepStats:
-        return dataclasses.replace(self._last_step, residual_norm=self.reducer.feedback.norm())
+        return dataclasses.replace(self._last_step, residual_norm=self.reducer.residual_norm)
 
     @property
     def failure(self) -> Exception | None:
@@ -117,12 +118,13 @@ class Handle:
             self.reducer.end_step(),
             payload_bytes=now.payload_bytes - before.payload_bytes,
             wire_bytes=now.wire_bytes - before.wire_bytes,
+            inter_node_bytes=now.labelled(INTER) - before.labelled(INTER),
             rounds=now.rounds - before.rounds,
             comm_seconds=now.seconds - before.seconds,
             reduce_seconds=self._reduce_seconds,
             exposed_comm_seconds=exposed,
         )
-        self._before = dataclasses.replace(now)
+        self._before = now.copy()
         self._reduce_seconds = 0.0
 
 

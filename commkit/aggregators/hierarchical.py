@@ -36,9 +36,10 @@ _AGGREGATOR = "aggregator"
 @register("aggregator", "hierarchical")
 @dataclass(slots=True)
 class Hierarchical:
-    """Each rank of a node serves some of the parameters: it averages them over its node in full precision,
-    puts the node's mean through ``feedback`` and ``aggregator`` over the ranks that serve them in the other
-    nodes, and hands the result to its node.
+    """The three phases of a hierarchical all-reduce (Jia et al. 2018) with a compressing one in the middle.
+    Each rank of a node serves some of the parameters: it averages them over its node in full precision, puts
+    the node's mean through ``feedback`` and ``aggregator`` over the ranks that serve them in the other nodes,
+    and hands the result to its node.
 
     The scheme between nodes sees one participant per node: its bytes leave a node once, not once for each
     rank, its residual is the node's and kept by one rank, 1/L of the memory on each of L ranks. Two
@@ -46,7 +47,7 @@ class Hierarchical:
     gradient in full precision. What a rank puts in is never lost in its own view (``sent`` is the input).
 
     With one rank per node this is ``feedback`` and ``aggregator`` alone; on a single node of several ranks
-    the plain mean, as no link is slow.
+    the plain mean, as no link is slow (residuals of a run on more nodes are sent in its first step).
 
     Which rank serves a parameter follows from its name alone, so that residuals stay where they are whatever
     DDP's buckets, or which layers are frozen. Parameters are not cut: low-rank schemes need whole matrices.
@@ -55,13 +56,14 @@ class Hierarchical:
         aggregator: the scheme between nodes.
         feedback: its feedback, of the node means. Here and not around this aggregator.
         local_size: ranks per node, of consecutive ranks; None: the environment's LOCAL_WORLD_SIZE, as
-            torchrun and the other launchers set it. In units of a data centre's racks or sites it serves
-            as well.
+            torchrun and the other launchers set it. What counts as a node is up to you: the ranks of a
+            rack or of a site, where the slow link lies behind those.
         nodes: the ranks of each node instead, from :func:`commkit.aggregators.nodes_of_mesh`.
 
     Raises:
         ValueError: local_size < 1, uneven nodes, or both given; at attach or the first reduction, on every
-            rank: nodes that do not fit the ranks.
+            rank: nodes that do not fit the ranks; at the first reduction: state that was saved with other
+            nodes on the same number of ranks.
     """
 
     aggregator: Aggregator

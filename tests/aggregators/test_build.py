@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from commkit import registry
-from commkit.aggregators import AllGather, AllReduce, Noop, PowerSGD, TwoShot
+from commkit.aggregators import AllGather, AllReduce, Hierarchical, Noop, PowerSGD, TwoShot
 from commkit.compressors import BlockQuantize, Cast, NoCompression, RandomK, Sign, Ternary, TopK
 from commkit.feedback import ErrorFeedback
 from commkit.types import Aggregator
@@ -59,6 +59,7 @@ def test_settings_out_of_range_name_field_value_and_remedy(make, message: str) -
 EXAMPLES: dict[str, Callable[[], Aggregator]] = {
     "all_gather": lambda: AllGather(TopK()),
     "all_reduce": lambda: AllReduce(Cast()),
+    "hierarchical": lambda: Hierarchical(PowerSGD(), ErrorFeedback(), local_size=2),
     "noop": Noop,
     "powersgd": PowerSGD,
     "two_shot": lambda: TwoShot(Sign(), ErrorFeedback()),
