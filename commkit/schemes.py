@@ -186,7 +186,7 @@ def powersgd(
 def hierarchical(
     scheme: Scheme, local_size: int | None = None, nodes: Nodes | None = None
 ) -> Reducer:
-    """Full precision inside each node, any other scheme between nodes (Jia et al. 2018 without one). A node
+    """Full precision inside each node, any other scheme between nodes (phases of Jia et al. 2018). A node
     counts as one participant, whose residual is spread over its ranks: ``{name: hierarchical, scheme: {name:
     powersgd, rank: 4}}``.
 
@@ -196,7 +196,7 @@ def hierarchical(
     Args:
         scheme: a name, a block, or a Reducer; its policy decides what is compressed.
         local_size: ranks per node; None: the environment's LOCAL_WORLD_SIZE, which launchers set.
-        nodes: the ranks of each node instead, see :func:`~commkit.aggregators.nodes.nodes_of_mesh`.
+        nodes: the ranks of each node instead, see :func:`~commkit.aggregators.nodes_of_mesh`.
 
     Raises:
         ValueError: a scheme that compresses nothing, or wrong nodes.

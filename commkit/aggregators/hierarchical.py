@@ -50,7 +50,8 @@ class Hierarchical:
     the plain mean, as no link is slow (residuals of a run on more nodes are sent in its first step).
 
     Which rank serves a parameter follows from its name alone, so that residuals stay where they are whatever
-    DDP's buckets, or which layers are frozen. Parameters are not cut: low-rank schemes need whole matrices.
+    DDP's buckets, or which layers are frozen; ranks are loaded evenly on average, for many tensors of a size.
+    Parameters are not cut: low-rank schemes need whole matrices.
 
     Args:
         aggregator: the scheme between nodes.
