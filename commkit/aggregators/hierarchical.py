@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2s
 
 import torch
 from torch import Tensor
@@ -94,9 +94,10 @@ class Hierarchical:
         self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
     ) -> list[Aggregated]:
         place = placement(comm, self.local_size, self.nodes)
-        self._take_loaded(place.intra)
+        self._take_loaded(place)
         size = place.intra.world_size
-        served = [[i for i, c in enumerate(ctxs) if _server(c.key, size) == r] for r in range(size)]
+        servers = [server_of(ctx.key, place) for ctx in ctxs]
+        served = [[i for i, server in enumerate(servers) if server == r] for r in range(size)]
         mine = served[place.intra.rank]
         means = _node_means(xs, served, place.intra)
         failure: NonFiniteError | None = None
@@ -141,7 +142,7 @@ class Hierarchical:
         elif not isinstance(feedback, NoFeedback):
             feedback.update(delta, outcome.sent, key)
 
-    def _take_loaded(self, intra: Comm) -> None:
+    def _take_loaded(self, place: Placement) -> None:
         """Keep what this rank serves of a loaded state.
 
         Raises:
@@ -153,13 +154,13 @@ class Hierarchical:
         served: StateDict = {}
         rest: StateDict = {}
         for key, value in self._loaded.items():
-            mine = _server(parameter_of(key), intra.world_size) == intra.rank
+            mine = server_of(key, place) == place.intra.rank
             (served if mine else rest)[key] = value
         stray = [key for key in rest if key.startswith(f"{NODE}/") or f"/{SHARD}/" in key]
         if stray:
             raise ValueError(
-                f"residual {stray[0]!r} was saved with other nodes than the {intra.world_size} ranks per "
-                "node of now; resume with the local_size that saved it, or start without its state"
+                f"residual {stray[0]!r} was saved with other nodes than those of {place.intra.world_size} "
+                "ranks of now; resume with the local_size that saved it, or start without its state"
             )
         self.feedback.load_state_dict(section(served, WHOLE) | section(served, NODE))
         self.aggregator.load_state_dict(section(served, _AGGREGATOR))
@@ -181,10 +182,14 @@ class Hierarchical:
         self._loaded = {key: value.detach().clone() for key, value in state.items()}
 
 
-def _server(key: str, local_size: int) -> int:
-    """Local index of the rank that serves parameter ``key``. It goes by what :func:`parameter_of` can find
-    again in a state key."""
-    return zlib.crc32(parameter_of(key).encode()) % local_size
+def server_of(key: str, place: Placement) -> int:
+    """Local index of the rank that serves a parameter, from its name or a state key that ends in it.
+
+    The number of all ranks is hashed too, so that a hierarchy inside a hierarchy deals differently.
+    """
+    ranks = place.intra.world_size * place.inter.world_size
+    digest = blake2s(f"{ranks}/{parameter_of(key)}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % place.intra.world_size
 
 
 def _node_means(xs: Sequence[Tensor], served: Sequence[Sequence[int]], intra: Comm) -> list[Tensor]:

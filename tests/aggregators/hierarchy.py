@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "first": (40, 36),
-    "second": (24, 50),
+    "third": (24, 50),
     "conv": (8, 4, 3, 3),
     "vector": (700,),
     "scalar": (),

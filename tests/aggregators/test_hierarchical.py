@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from commkit.aggregators import AllReduce, Hierarchical, PowerSGD
-from commkit.aggregators.hierarchical import _server
+from commkit.aggregators.hierarchical import server_of
+from commkit.aggregators.nodes import placement
 from commkit.compressors import NoCompression
 from commkit.feedback import ErrorFeedback
 from commkit.policy import Policy
@@ -122,7 +123,7 @@ def test_bytes_leave_a_node_once(nodes: int, local: int) -> None:
     """PowerSGD's messages have no headers: what a node sends is to the byte what a rank alone would."""
 
     def matrices(rank: int, step: int) -> Tensors:
-        return {key: gradients(rank, step)[key] for key in ("first", "second", "conv", "last")}
+        return {key: gradients(rank, step)[key] for key in ("first", "third", "conv", "last")}
 
     (flat, *_) = run(lambda: make_reducer(SCHEMES["powersgd"]), nodes, range(3), matrices)
     runs = run(between("powersgd", local), nodes * local, range(3), matrices)
@@ -151,8 +152,6 @@ def test_two_collectives_inside_a_node() -> None:
 @pytest.mark.parametrize("scheme", ["powersgd", "sign", "topk"])
 def test_a_bad_step_is_dense_and_leaves_no_trace(scheme: str, bad_rank: int, bad: float) -> None:
     """Whoever holds it and whoever serves it: all four ranks give the step up together."""
-    servers = {_server(key, 2) for key in ("first", "second", "last")}
-    assert servers == {0, 1}, "both local ranks serve one of the tensors to spoil"
 
     def spoilt(rank: int, step: int, which: str) -> Tensors:
         grads = gradients(rank, step, torch.float32)
@@ -161,12 +160,15 @@ def test_a_bad_step_is_dense_and_leaves_no_trace(scheme: str, bad_rank: int, bad
         return grads
 
     def body(comm: ThreadComm) -> None:
+        place = placement(comm, 2, None)
+        servers = {server_of(key, place) for key in ("first", "third", "last")}
+        assert servers == {0, 1}, "both local ranks serve one of the tensors to spoil"
         reducer = between(scheme, 2)()
         for step in range(2):
             reducer.reduce(gradients(comm.rank, step, torch.float32), comm)
             reducer.end_step()
         before = {key: x.clone() for key, x in reducer.state_dict().items()}
-        for step, which in enumerate(("first", "second", "last"), 2):
+        for step, which in enumerate(("first", "third", "last"), 2):
             outs = reducer.reduce(spoilt(comm.rank, step, which), comm)
             for key in SHAPES:
                 expected = sum(spoilt(rank, step, which)[key] / 4 for rank in range(4))
@@ -259,6 +261,21 @@ def test_the_scheme_keeps_policy_and_parts() -> None:
 def test_a_scheme_that_leaves_everything_dense_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing would go by nodes; for full precision use"):
         hierarchical("ddp")
+
+
+def test_parameters_are_spread_over_the_ranks_of_a_node() -> None:
+    """At both levels of a nested hierarchy: the inner one must not deal like the outer."""
+
+    def body(comm: ThreadComm) -> list[int]:
+        outer = placement(comm, 2, None)
+        inner = placement(outer.inter, 2, None)
+        names = [f"layers.{i}.weight" for i in range(400)]
+        mine = [name for name in names if server_of(name, outer) == outer.intra.rank]
+        return [len(mine), sum(server_of(name, inner) == inner.intra.rank for name in mine)]
+
+    for outer, inner in run_threads(body, 8):
+        assert abs(outer - 200) < 50  # 5 standard deviations
+        assert abs(inner - 100) < 45
 
 
 def test_hierarchies_nest() -> None:

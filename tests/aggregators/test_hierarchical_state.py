@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from commkit.aggregators.nodes import placement
 from commkit.checkpoint import merge
 from commkit.sim import ThreadComm, run_threads
 from commkit.types import StateDict
@@ -91,7 +92,7 @@ def test_a_merged_subspace_is_that_of_its_owner() -> None:
     for job, layout in enumerate([(2, 1), (2, 2), (2, 1)]):
         runs = resized("powersgd", layout, range(3 * job, 3 * job + 3), states)
         states = [seen.state for seen in runs]
-        for key in ("first", "second", "conv", "last"):
+        for key in ("first", "third", "conv", "last"):
             name = f"aggregator/aggregator/shared/{key}"
             held = [state[name] for state in states if name in state]
             assert len(held) == layout[0]
@@ -107,7 +108,7 @@ def test_residuals_of_other_nodes_are_refused_at_the_same_number_of_ranks(scheme
         reducer = between(scheme, 4)()
         reducer.load_state_dict(states[comm.rank])
         try:
-            reducer.aggregator._take_loaded(comm)
+            reducer.aggregator._take_loaded(placement(comm, 4, None))
         except ValueError as error:
             return str(error)
         return ""
