@@ -2,7 +2,8 @@
 
 Residuals belong to a rank and are saved by it under the parameter's name. Loaded at the same world size
 they are restored bit for bit. At another one, every rank starts from the mean of the saved residuals,
-which conserves what was left unsent in the mean; servers' residuals are put together and dealt anew.
+which conserves what was left unsent in the mean; servers' residuals are put together and dealt anew, and so
+are the residuals of nodes, as the mean over the nodes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from .comm import DistComm
 from .reducer import Reducer
 from .structure import flatten, unflatten
-from .types import RANK, SHARD, WHOLE, StateDict, Stateful
+from .types import NODE, RANK, SHARD, WHOLE, StateDict, Stateful
 
 _REDUCER, _REPLICATED, _PER_RANK = "reducer", "replicated", "per_rank"
 
@@ -123,11 +124,13 @@ def latest(directory: str | Path) -> Path | None:
 def merge(states: list[StateDict]) -> StateDict:
     """One reducer state that any number of ranks can start from, made of the states of all old ranks.
 
-    ``rank/NAME`` is averaged (absent counts as zero), shards are put together into ``whole/NAME``, and
-    everything else is equal on all ranks and taken from the first that has it.
+    ``rank/NAME`` is averaged (absent counts as zero), shards are put together into ``whole/NAME``,
+    ``node/NAME`` is averaged over the nodes, each of which has it once, into ``whole/NAME``, and everything
+    else is equal on all ranks and taken from the first that has it.
     """
     merged: StateDict = {}
     shards: dict[str, dict[int, Tensor]] = {}
+    nodes: dict[str, list[Tensor]] = {}
     for state in states:
         for key, value in state.items():
             if key.startswith(f"{RANK}/"):
@@ -136,8 +139,12 @@ def merge(states: list[StateDict]) -> StateDict:
             elif f"/{SHARD}/" in key:
                 name, _, start = key.rpartition("@")
                 shards.setdefault(name, {})[int(start)] = value
+            elif f"/{NODE}/" in key:
+                nodes.setdefault(key.replace(f"/{NODE}/", f"/{WHOLE}/", 1), []).append(value)
             else:
                 merged.setdefault(key, value)
+    for name, of_nodes in nodes.items():
+        merged[name] = torch.stack(of_nodes).mean(0)
     for name, pieces in shards.items():
         end = max(at + piece.numel() for at, piece in pieces.items())
         whole = next(iter(pieces.values())).new_zeros(end)

@@ -42,13 +42,17 @@ class DistComm:
     Args:
         group: the process group. It must not be used by another thread at the same time: c10d matches
             collectives by the order in which they are issued.
+        timeout_s: of the groups that :meth:`split` makes; None is the backend's default.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float | None = None) -> None:
         self.group = group
+        self._timeout_s = timeout_s
         self._rank = dist.get_rank(group)
         self._world_size = dist.get_world_size(group)
         self._bytes = ByteCounter()
+        self._label = ""
+        self._parts: dict[tuple[str, tuple[int, ...]], DistComm] = {}
 
     @property
     def rank(self) -> int:
@@ -107,15 +111,46 @@ class DistComm:
     def barrier(self) -> None:
         dist.barrier(group=self.group)
 
+    def split(self, groups: Sequence[Sequence[int]], label: str) -> DistComm:
+        own = part_of(groups, self._rank, self._world_size)
+        if (label, own) not in self._parts:
+            # Groups live until destroy_process_group(), and each is made once: torch gives a new group over
+            # the ranks of a destroyed one its name, and with it the stale addresses in the store.
+            everybody = own == tuple(range(self._world_size))
+            group = self.group if everybody else new_group_like(self.group, self._timeout_s, own)
+            part = DistComm(group, self._timeout_s)
+            part._bytes, part._label = self._bytes, f"{self._label}{label}/"
+            self._parts[label, own] = part
+        return self._parts[label, own]
+
     def _count(self, op: str, payload_bytes: int, wire_bytes: int, start: float) -> None:
-        self._bytes.add(op, payload_bytes, wire_bytes, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self._bytes.add(self._label + op, payload_bytes, wire_bytes, seconds)
 
 
-def new_group_like(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup:
-    """A private group over the same ranks and backend. Collective over ``group`` alone, not over WORLD."""
+def part_of(groups: Sequence[Sequence[int]], rank: int, world_size: int) -> tuple[int, ...]:
+    """The group that holds ``rank``, in ascending order.
+
+    Raises:
+        ValueError: the groups do not hold every rank exactly once.
+    """
+    if sorted(r for group in groups for r in group) != list(range(world_size)):
+        raise ValueError(
+            f"groups {[list(group) for group in groups]} must hold each of the ranks 0 to "
+            f"{world_size - 1} exactly once"
+        )
+    return next(tuple(sorted(group)) for group in groups if rank in group)
+
+
+def new_group_like(
+    group: dist.ProcessGroup, timeout_s: float | None, ranks: Sequence[int] | None = None
+) -> dist.ProcessGroup:
+    """A private group of the same backend over the same ranks, or over those of ``group``'s ranks.
+    Collective over its members alone, not over WORLD."""
+    members = dist.get_process_group_ranks(group)
     created = dist.new_group(
-        ranks=dist.get_process_group_ranks(group),
-        timeout=timedelta(seconds=timeout_s),
+        ranks=members if ranks is None else [members[rank] for rank in ranks],
+        timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
         backend=dist.get_backend(group),
         use_local_synchronization=True,
     )

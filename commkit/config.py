@@ -18,6 +18,7 @@ import pydantic
 import yaml
 
 from .policy import Policy
+from .reducer import Reducer
 from .registry import Kind, did_you_mean, lookup
 from .types import Aggregator, Compressor, Feedback
 
@@ -25,6 +26,7 @@ _PART_KINDS: dict[Any, Kind] = {
     Compressor: "compressor",
     Feedback: "feedback",
     Aggregator: "aggregator",
+    Reducer: "scheme",
 }
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 

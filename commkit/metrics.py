@@ -18,6 +18,8 @@ class StepStats:
         dense_bytes: bytes of the gradients as they came, uncompressed.
         payload_bytes: bytes of the tensors really handed to collectives.
         wire_bytes: bytes this rank sent, with each collective's factor.
+        inter_node_bytes: the part of ``wire_bytes`` that a hierarchical scheme sent between nodes; 0 for
+            other schemes, which do not know nodes.
         rounds: collectives.
         comm_seconds: wall time inside collectives.
         reduce_seconds: wall time of the reductions, collectives included.
@@ -32,6 +34,7 @@ class StepStats:
     dense_bytes: int = 0
     payload_bytes: int = 0
     wire_bytes: int = 0
+    inter_node_bytes: int = 0
     rounds: int = 0
     comm_seconds: float = 0.0
     reduce_seconds: float = 0.0

@@ -16,6 +16,7 @@ class Policy:
     Args:
         start_step: steps reduced densely first. 0 is legal (state is keyed by parameter, so DDP's bucket
             rebuild does no harm); 10 % of a run, or the learning-rate warm-up, helps biased compressors.
+            Schedules of the parts (a rank of PowerSGD by the step) count from step 0, these steps included.
         min_numel: smaller tensors stay dense. Biases and norms are a fraction of a percent of a model and
             are the ones that compression hurts most.
         min_ndim: tensors with fewer dimensions stay dense; 2 keeps every bias and norm scale out.

@@ -6,6 +6,7 @@ finite check -> compensate -> aggregate -> update. Users choose the parts, never
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,20 +14,24 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .aggregators.health import are_finite, require_finite
+from .aggregators.hierarchical import Hierarchical
+from .aggregators.nodes import Nodes
+from .aggregators.residuals import update_feedback
 from .aggregators.stateless import Stateless
-from .feedback import ErrorFeedback, NoFeedback, check_contraction
+from .feedback import NoFeedback, check_contraction
 from .metrics import StepStats
 from .policy import Policy
 from .registry import spec
 from .types import (
     RANK,
-    Aggregated,
     Aggregator,
     Comm,
     Feedback,
     NonFiniteError,
+    Preparable,
     StateDict,
     TensorCtx,
+    parameter_of,
     section,
 )
 
@@ -54,7 +59,8 @@ class Reducer:
         skipped: that step was not finite and has left no trace.
 
     Raises:
-        TypeError: error feedback on a compressor or aggregator that it diverges on.
+        TypeError: error feedback on a compressor or aggregator that it diverges on, or a feedback around a
+            hierarchical aggregator.
     """
 
     whole_step = False
@@ -70,6 +76,11 @@ class Reducer:
         self.feedback: Feedback = NoFeedback() if feedback is None else feedback
         for part in (aggregator, getattr(aggregator, "compressor", None)):
             check_contraction(self.feedback, part, "feedback")
+        if isinstance(aggregator, Hierarchical) and not isinstance(self.feedback, NoFeedback):
+            raise TypeError(
+                f"{type(self.feedback).__name__} around a hierarchical aggregator has nothing to keep: what is "
+                "left unsent is the node's; use Hierarchical(aggregator, feedback=...) and no feedback outside"
+            )
         self.policy = Policy() if policy is None else policy
         self.seed = seed
         self.step = 0
@@ -81,10 +92,32 @@ class Reducer:
         self._dense_bytes = 0
         self._contributors: int | None = None
 
+    def put_between_nodes(self, local_size: int | None, nodes: Nodes | None) -> None:
+        """From now on gradients are averaged inside each node in full precision, and the scheme works
+        between nodes; see :class:`~commkit.aggregators.Hierarchical`, whose errors it raises."""
+        self.aggregator = Hierarchical(self.aggregator, self.feedback, local_size, nodes)
+        self.feedback = NoFeedback()
+
     def spec(self) -> dict[str, Any]:
         """The configuration as plain data; ranks compare it at attach."""
         parts = {"aggregator": self.aggregator, "feedback": self.feedback, "policy": self.policy}
         return {**{name: spec(part) for name, part in parts.items()}, "seed": self.seed}
+
+    def prepare(self, named: Mapping[str, Tensor], comm: Comm) -> None:
+        """Set up and check what the aggregator can before the first reduction: groups of ranks, a setting
+        that fits no tensor. Optional; collective over ``comm``, the one of all later reductions.
+
+        Args:
+            named: tensors like all the gradients to come.
+            comm: the group.
+
+        Raises:
+            ValueError: on every rank together.
+        """
+        if isinstance(self.aggregator, Preparable):
+            step = max(self.step, self.policy.start_step)
+            ctxs = [replace(self._ctx(key, x), step=step) for key, x in named.items()]
+            self.aggregator.prepare([c for c in ctxs if self.policy.compresses(c)], comm)
 
     def reduce(
         self, named: Mapping[str, Tensor], comm: Comm, hold: Collection[str] = ()
@@ -168,9 +201,17 @@ class Reducer:
         on. Call it on all ranks, before their reduction of a step."""
         for part in (self.feedback, self.aggregator):
             state = part.state_dict()
-            kept = {key: value for key, value in state.items() if _parameter_of(key) not in keys}
+            kept = {key: value for key, value in state.items() if parameter_of(key) not in keys}
             if len(kept) < len(state):
                 part.load_state_dict(kept)
+
+    @property
+    def residual_norm(self) -> float:
+        """2-norm of what feedback has left unsent on this rank; for a hierarchical scheme, of its node's
+        residuals that this rank keeps."""
+        if isinstance(self.aggregator, Hierarchical):
+            return self.aggregator.feedback.norm()
+        return self.feedback.norm()
 
     def state_dict(self) -> StateDict:
         """Plain tensors by key. The first part of a key says how states merge when the world size
@@ -223,21 +264,12 @@ class Reducer:
         for key, delta, outcome in zip(keys, deltas, outcomes, strict=True):
             self._contributed(outcome.num_contributors)
             if key not in hold:
-                self._update(key, delta, outcome)
+                update_feedback(self.feedback, delta, outcome, key)
             if key in ready:
                 named[key].copy_(ready[key])
             else:
                 outcome.mean_into(named[key])
         return {key: named[key] for key in keys}
-
-    def _update(self, key: str, delta: Tensor, outcome: Aggregated) -> None:
-        feedback = self.feedback
-        if isinstance(feedback, NoFeedback):
-            return
-        if isinstance(feedback, ErrorFeedback) and outcome.take_sent_from(delta):
-            feedback.stage(key, delta)
-        else:
-            feedback.update(delta, outcome.sent, key)
 
     @property
     def _stateful(self) -> bool:
@@ -252,12 +284,6 @@ class Reducer:
 
     def _contributed(self, ranks: int) -> None:
         self._contributors = ranks if self._contributors is None else min(self._contributors, ranks)
-
-
-def _parameter_of(state_key: str) -> str:
-    """The parameter that an entry of the state belongs to: ``shard/NAME@START``, ``velocity::NAME`` ..."""
-    name = state_key.rpartition("/")[2].rpartition("::")[2]
-    return name.rpartition("@")[0] or name
 
 
 def _all_reduce_dense(named: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:

@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from .aggregators import AllGather, AllReduce, Noop, PowerSGD, TernGrad, TwoShot
+from .aggregators import (
+    AllGather,
+    AllReduce,
+    Noop,
+    PowerSGD,
+    TernGrad,
+    TwoShot,
+)
+from .aggregators.nodes import Nodes
+from .aggregators.rank_schedule import Rank
 from .compressors import (
     QSGD,
     BlockQuantize,
@@ -33,7 +42,7 @@ from .reducer import Reducer
 from .registry import register
 from .types import Aggregator, Feedback
 
-Scheme: TypeAlias = "str | Path | Mapping[str, Any] | Reducer"
+Scheme: TypeAlias = str | Path | Mapping[str, Any] | Reducer
 
 _NEVER = Policy(start_step=2**62)
 
@@ -250,25 +259,30 @@ def randomk(
 
 @register("scheme", "powersgd")
 def powersgd(
-    rank: int = 4,
+    rank: Rank = 4,
     min_compression_rate: float = 2.0,
     warm_start: bool = True,
     error_feedback: bool = True,
     start_step: int = 0,
+    iteration: Literal["two_sided", "alternating"] = "two_sided",
 ) -> Reducer:
     """PowerSGD (Vogels et al. 2019): two all-reduces whose cost does not grow with the ranks.
 
     State: residual of 4 bytes per factorised element, and Q of 4 rank / rows bytes.
 
     Args:
-        rank: 1-4 for convolutions, 4-32 for transformers; double it until the loss follows plain DDP.
+        rank: 1-4 for convolutions, 4-32 for transformers; double it until the loss follows plain DDP. Or a
+            schedule of [step, rank] pairs: ``[[0, 32], [2000, 8]]`` spends more while gradients change fast.
         min_compression_rate: see :class:`~commkit.aggregators.PowerSGD`.
         warm_start: keep Q from step to step.
         error_feedback: off only to see what it is worth.
-        start_step: dense steps before; the learning-rate warm-up is a good choice.
+        start_step: dense steps before; the learning-rate warm-up is a good choice. A schedule's steps count
+            from the beginning, these included.
+        iteration: "alternating" takes one all-reduce of half the bytes, for latency-bound links; see
+            :class:`~commkit.aggregators.PowerSGD`.
     """
     return Reducer(
-        PowerSGD(rank, min_compression_rate, warm_start),
+        PowerSGD(rank, min_compression_rate, warm_start, iteration),
         ErrorFeedback() if error_feedback else NoFeedback(),
         Policy(start_step, min_numel=0),
     )
@@ -335,6 +349,38 @@ def zero_one_adam(
     Args: those of :class:`~commkit.optim.ZeroOneAdam`, which it builds.
     """
     return OptimizerScheme(ZeroOneAdam, locals(), like="adamw")
+
+
+@register("scheme", "hierarchical")
+def hierarchical(
+    scheme: Scheme | OptimizerScheme, local_size: int | None = None, nodes: Nodes | None = None
+) -> Reducer | OptimizerScheme:
+    """Full precision inside each node, any other scheme between nodes (phases of Jia et al. 2018). A node
+    counts as one participant, whose residual is spread over its ranks: ``{name: hierarchical, scheme: {name:
+    powersgd, rank: 4}}``.
+
+    Tensors that the scheme's policy leaves dense take one all-reduce over all ranks. Give ``attach`` the
+    whole block; a knob of the name ``scheme`` it has itself.
+
+    Args:
+        scheme: a name, a block, or a Reducer; its policy decides what is compressed. An optimizer's name
+            or block gives such an optimizer, between nodes.
+        local_size: ranks per node; None: the environment's LOCAL_WORLD_SIZE, which launchers set.
+        nodes: the ranks of each node instead, see :func:`~commkit.aggregators.nodes_of_mesh`.
+
+    Raises:
+        ValueError: a scheme that compresses nothing, or wrong nodes.
+    """
+    inner = scheme if isinstance(scheme, Reducer | OptimizerScheme) else make_scheme(scheme)
+    if isinstance(inner, OptimizerScheme):
+        return dataclasses.replace(inner, between_nodes=(local_size, nodes))
+    if inner.policy == _NEVER:
+        raise ValueError(
+            f"scheme={scheme!r} leaves everything dense, so nothing would go by nodes; for full precision use "
+            "{name: compose, aggregator: {name: all_reduce, compressor: none}}"
+        )
+    inner.put_between_nodes(local_size, nodes)
+    return inner
 
 
 @register("scheme", "compose")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -21,16 +21,22 @@ Wire: TypeAlias = Literal["summable", "gatherable"]
 ReduceOp: TypeAlias = Literal["sum", "max", "min"]
 StateDict: TypeAlias = dict[str, Tensor]
 
-RANK, SHARED, SHARD, WHOLE = "rank", "shared", "shard", "whole"
+RANK, SHARED, SHARD, NODE, WHOLE = "rank", "shared", "shard", "node", "whole"
 """Part of a state key that says how states of several ranks merge when the world size changes: ``rank/NAME``
 is averaged; ``shared/NAME`` and ``whole/NAME`` are equal everywhere; ``shard/NAME@START`` is put together
-from its owners into ``whole/NAME``, from which new owners take their share."""
+from its owners into ``whole/NAME``, and ``node/NAME``, which one rank of each node has, is averaged over
+those into ``whole/NAME``; from there new owners take their share."""
 
 
 def section(state: Mapping[str, Tensor], name: str) -> StateDict:
     """The entries below ``name/``, without it."""
     prefix = f"{name}/"
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def parameter_of(key: str) -> str:
+    """The parameter's name at the end of a state key: ``shard/NAME@START``, ``velocity::NAME`` ..."""
+    return key.rpartition("/")[2].rpartition("::")[2].partition("@")[0]
 
 
 class NonFiniteError(ArithmeticError):
@@ -218,6 +224,15 @@ class Aggregator(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
+@runtime_checkable
+class Preparable(Protocol):
+    """An aggregator with something to set up or check before the first reduction."""
+
+    def prepare(self, ctxs: Sequence[TensorCtx], comm: Comm) -> None:
+        """Collective over ``comm``, the one of all later reductions. ``ctxs`` are of all tensors that will
+        be compressed. What it finds wrong it raises on every rank together."""
+
+
 @dataclass(slots=True)
 class ByteCounter:
     """What a :class:`Comm` has sent since it was made.
@@ -227,6 +242,8 @@ class ByteCounter:
         wire_bytes: bytes this rank sends with the collective's factor, e.g. 2(W-1)/W for an all-reduce.
         rounds: number of collectives.
         seconds: wall time inside them.
+        by_op: wire bytes of each kind of collective; those of a comm made by :meth:`Comm.split` under
+            ``"LABEL/OP"``.
     """
 
     payload_bytes: int = 0
@@ -241,6 +258,13 @@ class ByteCounter:
         self.rounds += 1
         self.seconds += seconds
         self.by_op[op] = self.by_op.get(op, 0) + wire_bytes
+
+    def copy(self) -> ByteCounter:
+        return replace(self, by_op=dict(self.by_op))
+
+    def labelled(self, label: str) -> int:
+        """Wire bytes of the comms that were split off under ``label``, e.g. "inter": between nodes."""
+        return sum(size for op, size in self.by_op.items() if op.startswith(f"{label}/"))
 
 
 class Comm(Protocol):
@@ -277,6 +301,17 @@ class Comm(Protocol):
         """Small picklable objects of all ranks, in rank order. For set-up, not for the hot path."""
 
     def barrier(self) -> None: ...
+
+    def split(self, groups: Sequence[Sequence[int]], label: str) -> Comm:
+        """The part of this comm that holds this rank.
+
+        Every rank calls it with the same ``groups``, before it first uses a part and while nothing else
+        runs on this comm; later calls give the same object again.
+
+        Args:
+            groups: ranks of this comm, each in exactly one group. In a part they keep their order.
+            label: names the parts' bytes in ``bytes.by_op``; they are counted in this comm's ``bytes``.
+        """
 
 
 class Stateful(Protocol):

@@ -6,6 +6,7 @@ from commkit.optim import OptimizerScheme
 from commkit.registry import names
 from commkit.schemes import make_scheme
 
-_built = {name: make_scheme(name) for name in names("scheme") if name != "compose"}
+NEED_PARTS = ("compose", "hierarchical")  # cannot be built by name alone
+_built = {name: make_scheme(name) for name in names("scheme") if name not in NEED_PARTS}
 OPTIMIZERS = sorted(n for n, made in _built.items() if isinstance(made, OptimizerScheme))
 REDUCERS = sorted(set(_built) - set(OPTIMIZERS))

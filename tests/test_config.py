@@ -106,6 +106,19 @@ def test_validate_reports_every_fault_with_its_path() -> None:
         ({"name": "int8", "block_size": 3}, ["block_size=3", "even"]),
         ({"name": "sign", "start_step": -1}, ["start_step=-1 must be >= 0"]),
         ({"name": "sign", "seed": "x"}, ["scheme.seed='x'", "integer"]),
+        ({"name": "powersgd", "rank": [[0, "4"]]}, ["scheme.rank=[[0, '4']]", "integer"]),
+        ({"name": "powersgd", "iteration": "both"}, ["scheme.iteration='both'", "'two_sided'"]),
+        ({"name": "hierarchical"}, ["scheme.scheme is missing"]),
+        (
+            {"name": "hierarchical", "scheme": {"name": "powersgd", "rnak": 4}},
+            ["scheme.scheme.rnak", "did you mean 'rank'?"],
+        ),
+        ({"name": "hierarchical", "scheme": "signn"}, ["scheme.scheme.name", "'sign'"]),
+        ({"name": "hierarchical", "scheme": "ddp"}, ["nothing would go by nodes"]),
+        (
+            {"name": "hierarchical", "scheme": "sign", "local_size": 0},
+            ["local_size=0 must be >= 1"],
+        ),
         ({"name": "compose"}, ["scheme.aggregator is missing"]),
         (
             {"name": "compose", "aggregator": {"name": "two_shot"}},

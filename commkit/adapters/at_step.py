@@ -39,7 +39,8 @@ class StepHandle:
     ) -> None:
         self.reducer = reducer
         self.comm = DistComm(group)
-        self._private_comm = DistComm(new_group_like(group, timeout_s))
+        self._private_comm = DistComm(new_group_like(group, timeout_s), timeout_s)
+        reducer.prepare(parameters, self._private_comm)
         self._parameters = parameters
         self._meter = StepMeter(self._private_comm)
         self._last_step = StepStats()
@@ -47,7 +48,7 @@ class StepHandle:
 
     @property
     def last_step(self) -> StepStats:
-        return dataclasses.replace(self._last_step, residual_norm=self.reducer.feedback.norm())
+        return dataclasses.replace(self._last_step, residual_norm=self.reducer.residual_norm)
 
     @property
     def failure(self) -> Exception | None:

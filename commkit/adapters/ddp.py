@@ -54,7 +54,9 @@ class Handle:
         self.comm = DistComm(group)
         self._names = names
         self._may_skip_parameters = may_skip_parameters
-        self._private_comm = DistComm(new_group_like(group, timeout_s))
+        self._private_comm = DistComm(new_group_like(group, timeout_s), timeout_s)
+        like = {name: p for p, name in names.items()}  # type: ignore[no-untyped-call]
+        reducer.prepare(like, self._private_comm)
         self._worker = ReductionWorker(Alarm(group, str(_attachments)), timeout_s, device)
         self._scaler = grad_scaler
         self._waiting: dict[str, Tensor] = {}
@@ -63,7 +65,7 @@ class Handle:
 
     @property
     def last_step(self) -> StepStats:
-        return dataclasses.replace(self._last_step, residual_norm=self.reducer.feedback.norm())
+        return dataclasses.replace(self._last_step, residual_norm=self.reducer.residual_norm)
 
     @property
     def failure(self) -> Exception | None:

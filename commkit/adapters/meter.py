@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ..aggregators.nodes import INTER
 from ..comm import DistComm
 from ..metrics import StepStats
 
@@ -15,7 +16,7 @@ class StepMeter:
 
     def __init__(self, comm: DistComm) -> None:
         self._comm = comm
-        self._before = dataclasses.replace(comm.bytes)
+        self._before = comm.bytes.copy()
         self._seconds = 0.0
 
     def add(self, seconds: float) -> None:
@@ -29,11 +30,12 @@ class StepMeter:
             step,
             payload_bytes=now.payload_bytes - before.payload_bytes,
             wire_bytes=now.wire_bytes - before.wire_bytes,
+            inter_node_bytes=now.labelled(INTER) - before.labelled(INTER),
             rounds=now.rounds - before.rounds,
             comm_seconds=now.seconds - before.seconds,
             reduce_seconds=self._seconds,
             exposed_comm_seconds=exposed,
         )
-        self._before = dataclasses.replace(now)
+        self._before = now.copy()
         self._seconds = 0.0
         return measured

@@ -3,6 +3,8 @@
 from ..registry import import_all
 from .all_gather import AllGather
 from .all_reduce import AllReduce
+from .hierarchical import Hierarchical
+from .nodes import nodes_of_mesh
 from .noop import Noop
 from .powersgd import PowerSGD
 from .terngrad import TernGrad
@@ -10,4 +12,13 @@ from .two_shot import TwoShot
 
 import_all(__name__, __path__)
 
-__all__ = ["AllGather", "AllReduce", "Noop", "PowerSGD", "TernGrad", "TwoShot"]
+__all__ = [
+    "AllGather",
+    "AllReduce",
+    "Hierarchical",
+    "Noop",
+    "PowerSGD",
+    "TernGrad",
+    "TwoShot",
+    "nodes_of_mesh",
+]

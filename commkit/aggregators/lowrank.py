@@ -11,33 +11,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import Aggregated, TensorCtx
+from ..types import Aggregated
 
 
 class LowRank(Aggregated):
-    """A mean ``P Q`` and a contribution ``P Q_own``, kept as factors: (n, r), (r, m), (r, m).
+    """A mean ``P Q`` and a contribution ``P_own Q_own``, kept as pairs of factors: (n, r) and (r, m).
 
     Products go straight to where they are wanted, which saves two passes over every gradient.
     """
 
-    __slots__ = ("_own_q", "_p", "_q", "_shape")
+    __slots__ = ("_factors", "_own")
 
-    def __init__(self, p: Tensor, q: Tensor, own_q: Tensor, shape: torch.Size, ranks: int) -> None:
+    def __init__(
+        self,
+        factors: tuple[Tensor, Tensor],
+        own: tuple[Tensor, Tensor],
+        shape: torch.Size,
+        ranks: int,
+    ) -> None:
         super().__init__(
-            lambda: torch.mm(p, q).view(shape), lambda: torch.mm(p, own_q).view(shape), ranks
+            lambda: torch.mm(*factors).view(shape), lambda: torch.mm(*own).view(shape), ranks
         )
-        self._p, self._q, self._own_q, self._shape = p, q, own_q, shape
+        self._factors, self._own = factors, own
 
     def mean_into(self, out: Tensor) -> None:
-        if out.dtype == self._p.dtype and out.is_contiguous():
-            torch.mm(self._p, self._q, out=out.view(self._p.shape[0], -1))
+        p, q = self._factors
+        if out.dtype == p.dtype and out.is_contiguous():
+            torch.mm(p, q, out=out.view(p.shape[0], -1))
         else:
             super().mean_into(out)
 
     def take_sent_from(self, compensated: Tensor) -> bool:
         if not compensated.is_contiguous():
             return False
-        compensated.view(self._p.shape[0], -1).addmm_(self._p, self._own_q, alpha=-1)
+        p, q = self._own
+        compensated.view(p.shape[0], -1).addmm_(p, q, alpha=-1)
         return True
 
 
@@ -56,7 +64,9 @@ def left_products(ps: Tensor, deltas: Sequence[Tensor], out: Tensor) -> None:
         torch.bmm(ps.transpose(1, 2), torch.stack(list(deltas)), out=out)
     else:
         for delta, p, q in zip(deltas, ps.unbind(), out.unbind(), strict=True):
-            torch.mm(p.t(), delta, out=q)
+            # Not ``out=q``: this product rounds by the alignment of its result, and where q lies in the
+            # buffer depends on what else is in the bucket.
+            q.copy_(torch.mm(p.t(), delta))
 
 
 def orthonormalise(ps: Tensor) -> Tensor:
@@ -66,19 +76,6 @@ def orthonormalise(ps: Tensor) -> Tensor:
     """
     basis: Tensor = torch.linalg.qr(ps).Q
     return basis.contiguous()
-
-
-def fresh_rows(rank: int, columns: int, ctx: TensorCtx, like: Tensor) -> Tensor:
-    """(rank, columns) standard normal, from shared randomness drawn on the CPU: equal on all ranks."""
-    generator = torch.Generator().manual_seed(ctx.shared_seed(rank))
-    return torch.randn(rank, columns, generator=generator).to(like)
-
-
-def with_rows(q: Tensor, rank: int, ctx: TensorCtx) -> Tensor:
-    """``q`` with exactly ``rank`` rows: the surplus dropped, what is missing drawn anew."""
-    if q.shape[0] >= rank:
-        return q[:rank]
-    return torch.cat([q, fresh_rows(rank - q.shape[0], q.shape[1], ctx, q)])
 
 
 def _batched(deltas: Sequence[Tensor]) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..aggregators.nodes import Nodes
 from ..feedback import NoFeedback
 from ..policy import Policy
 from ..reducer import Reducer
@@ -269,15 +270,19 @@ class OptimizerScheme:
         knobs: its fields of the scheme.
         like: the torch optimizer whose place it takes, "adamw" or "sgd"; its settings are passed on.
         seed: base of shared randomness.
+        between_nodes: (local_size, nodes) of a hierarchy, see :class:`~commkit.aggregators.Hierarchical`.
     """
 
     optimizer: type[CommOptimizer]
     knobs: Mapping[str, Any] = field(default_factory=dict)
     like: str = "adamw"
     seed: int = 0
+    between_nodes: tuple[int | None, Nodes | None] | None = None
 
     def __call__(self, params: Parameters, **settings: Any) -> CommOptimizer:
         """Build the optimizer; ``settings`` are its other arguments (lr, betas, weight_decay ...)."""
         built = self.optimizer(params, **settings, **self.knobs)
         built.reducer.seed = self.seed
+        if self.between_nodes is not None:
+            built.reducer.put_between_nodes(*self.between_nodes)
         return built

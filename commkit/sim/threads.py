@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..comm import all_reduce_wire_bytes, nbytes
+from ..comm import all_reduce_wire_bytes, nbytes, part_of
 from ..types import ByteCounter, ReduceOp
 
 T = TypeVar("T")
@@ -24,6 +24,14 @@ class _Group:
         self.world_size = world_size
         self.barrier = threading.Barrier(world_size, timeout=timeout_s)
         self.slots: list[Any] = [None] * world_size
+        self.timeout_s = timeout_s
+        self.parts: list[_Group] = []
+
+    def abort(self) -> None:
+        """Release everybody who waits, in parts of the group too."""
+        self.barrier.abort()
+        for part in self.parts:
+            part.abort()
 
 
 class ThreadComm:
@@ -33,6 +41,8 @@ class ThreadComm:
         self._group = group
         self._rank = rank
         self._bytes = ByteCounter()
+        self._label = ""
+        self._parts: dict[tuple[str, tuple[int, ...]], ThreadComm] = {}
 
     @property
     def rank(self) -> int:
@@ -90,6 +100,19 @@ class ThreadComm:
     def barrier(self) -> None:
         self._exchange(("barrier",), None)
 
+    def split(self, groups: Sequence[Sequence[int]], label: str) -> ThreadComm:
+        own = part_of(groups, self._rank, self.world_size)
+        if (label, own) not in self._parts:
+            made = None
+            if own[0] == self._rank:
+                made = _Group(len(own), self._group.timeout_s)
+                self._group.parts.append(made)
+            call = ("split", tuple(map(tuple, groups)), label)
+            part = ThreadComm(self._exchange(call, made)[own[0]], own.index(self._rank))
+            part._bytes, part._label = self._bytes, f"{self._label}{label}/"
+            self._parts[label, own] = part
+        return self._parts[label, own]
+
     def _exchange(self, call: tuple[Any, ...], value: Any) -> list[Any]:
         """Everybody's value. Ranks that make different calls are told, where a real group would hang."""
         group = self._group
@@ -106,7 +129,7 @@ class ThreadComm:
 
     def _count(self, op: str, payload_bytes: int, wire_bytes: int) -> None:
         if self.world_size > 1:
-            self._bytes.add(op, payload_bytes, wire_bytes, 0.0)
+            self._bytes.add(self._label + op, payload_bytes, wire_bytes, 0.0)
 
 
 def run_threads(
@@ -126,7 +149,7 @@ def run_threads(
             results[rank] = function(ThreadComm(group, rank))
         except BaseException as error:
             errors.append(error)
-            group.barrier.abort()
+            group.abort()
 
     threads = [threading.Thread(target=body, args=(r,), daemon=True) for r in range(world_size)]
     for thread in threads:

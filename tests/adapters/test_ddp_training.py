@@ -64,9 +64,12 @@ def test_buckets_do_not_change_the_result(scheme: str) -> None:
 
 def _every_scheme(rank: int, world_size: int) -> dict[str, tuple[bool, float, float]]:
     outcomes = {}
-    for scheme in REDUCERS:
+    for scheme in [*REDUCERS, "hierarchical"]:
+        block: dict[str, Any] = {"name": scheme}
+        if scheme == "hierarchical":
+            block |= {"scheme": "powersgd", "local_size": 1}
         net = DDP(problem.model(), bucket_cap_mb=0.02)
-        handle = commkit.attach(net, scheme)
+        handle = commkit.attach(net, block)
         losses = problem.train(net, range(40), rank)
         handle.close()
         outcomes[scheme] = (problem.replicas_equal(net), losses[0], sum(losses[-5:]) / 5)

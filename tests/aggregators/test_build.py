@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from commkit import registry
-from commkit.aggregators import AllGather, AllReduce, Noop, PowerSGD, TernGrad, TwoShot
+from commkit.aggregators import (
+    AllGather,
+    AllReduce,
+    Hierarchical,
+    Noop,
+    PowerSGD,
+    TernGrad,
+    TwoShot,
+)
 from commkit.compressors import (
     QSGD,
     BlockQuantize,
@@ -101,6 +109,7 @@ def test_error_feedback_goes_with_contractions(compressor) -> None:
 EXAMPLES: dict[str, Callable[[], Aggregator]] = {
     "all_gather": lambda: AllGather(TopK()),
     "all_reduce": lambda: AllReduce(Cast()),
+    "hierarchical": lambda: Hierarchical(PowerSGD(), ErrorFeedback(), local_size=2),
     "noop": Noop,
     "powersgd": PowerSGD,
     "terngrad": TernGrad,

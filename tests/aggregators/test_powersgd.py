@@ -223,7 +223,7 @@ def test_the_fused_path_equals_the_slow_one() -> None:
     """Products that go straight into the gradient and the residual are those that are formed first."""
     generator = torch.Generator().manual_seed(0)
     p, q, own_q = (torch.randn(shape, generator=generator) for shape in ((24, 3), (3, 40), (3, 40)))
-    outcome = LowRank(p, q, own_q, torch.Size([24, 5, 8]), 2)
+    outcome = LowRank((p, q), (p, own_q), torch.Size([24, 5, 8]), 2)
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.empty(24, 5, 8, dtype=dtype)
         outcome.mean_into(out)

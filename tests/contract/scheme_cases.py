@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from commkit.aggregators import Hierarchical
 from commkit.compressors import SignVote
 from commkit.feedback import ErrorFeedback
 from commkit.metrics import StepStats
@@ -25,7 +26,7 @@ from tests.named_schemes import REDUCERS
 
 Tensors = dict[str, torch.Tensor]
 EF = "error_feedback"
-UNLAWFUL = ("compose", "noop")  # no scheme of its own; no communication at all
+UNLAWFUL = ("compose", "hierarchical", "noop")  # no schemes of their own; no communication at all
 
 
 def composed(aggregator: str, compressor: Mapping[str, Any], feedback: str, **fields: Any) -> Any:
@@ -60,6 +61,20 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "powersgd-2": {"name": "powersgd", "rank": 2, "min_compression_rate": 0.0},
     "powersgd-cold": {"name": "powersgd", "rank": 2, "warm_start": False},
     "powersgd-no-ef": {"name": "powersgd", "error_feedback": False},
+    "powersgd-alternating": {
+        "name": "powersgd",
+        "rank": 2,
+        "min_compression_rate": 0.0,
+        "iteration": "alternating",
+    },
+    "powersgd-schedule": {"name": "powersgd", "rank": [[0, 4], [1, 1], [3, 2]]},
+    # One rank per node, so that any number of ranks will do: several are in tests/aggregators.
+    "nodes-powersgd": {"name": "hierarchical", "local_size": 1, "scheme": "powersgd"},
+    "nodes-sign": {
+        "name": "hierarchical",
+        "local_size": 1,
+        "scheme": {"name": "sign", "min_numel": 0},
+    },
     "sign-gathered": composed("all_gather", {"name": "sign"}, EF),
     "cast-gathered": composed("all_gather", {"name": "cast"}, EF),
     "ternary": composed("two_shot", {"name": "ternary", "clip": 0.0}, "none"),
@@ -96,6 +111,14 @@ def votes(case: str) -> bool:
 
 
 VOTES = [case for case in BLOCKS if votes(case)]
+
+
+def between_nodes(case: str) -> Any:
+    """The aggregator at work: the inner one of a hierarchy."""
+    aggregator = build(case).aggregator
+    return aggregator.aggregator if isinstance(aggregator, Hierarchical) else aggregator
+
+
 WITH_FEEDBACK = [case for case in BLOCKS if keeps_all(case)]
 
 

@@ -109,11 +109,12 @@ def test_votes_descend_to_within_a_step_of_the_median(case: str) -> None:
 
 
 def one_of_each() -> list[str]:
-    """One case for each pair of aggregator and compressor."""
+    """One case for each pair of aggregator and compressor, and each kind of iteration."""
     pairs = {}
     for case in lasting():
         aggregator = build(case).aggregator
-        pairs[type(aggregator), type(getattr(aggregator, "compressor", None))] = case
+        iteration = getattr(aggregator, "iteration", None)
+        pairs[type(aggregator), type(getattr(aggregator, "compressor", None)), iteration] = case
     return list(pairs.values())
 
 

@@ -154,3 +154,53 @@ def test_a_rank_that_left_is_waited_for_until_the_timeout() -> None:
 
     with pytest.raises(threading.BrokenBarrierError):
         run_threads(body, 2, timeout_s=0.2)
+
+
+def test_parts_of_a_group() -> None:
+    """Each with its own ranks and its own order of calls; bytes go to the whole."""
+
+    def body(comm: ThreadComm) -> tuple[float, int, dict[str, int]]:
+        halves = [[0, 2], [3, 1]]
+        part = comm.split(halves, "half")
+        assert comm.split(halves, "half") is part
+        assert part.bytes is comm.bytes
+        for _ in range(comm.rank % 2):  # the odd half makes a call that the other does not
+            part.barrier()
+        total = part.all_reduce(torch.tensor([float(comm.rank)]))
+        comm.barrier()
+        return float(total), part.rank, comm.bytes.by_op
+
+    by_op = {"half/all_reduce": 4}
+    expected = [(2.0, 0, by_op), (4.0, 0, by_op), (2.0, 1, by_op), (4.0, 1, by_op)]
+    assert run_threads(body, 4) == expected
+
+
+def test_labelled_bytes_add_up() -> None:
+    def body(comm: ThreadComm) -> None:
+        comm.all_reduce(torch.ones(4))
+        comm.split([[0, 1]], "a").split([[0, 1]], "b").all_reduce(torch.ones(4))
+        assert comm.bytes.by_op == {"all_reduce": 16, "a/b/all_reduce": 16}
+        assert (comm.bytes.labelled("a"), comm.bytes.labelled("b")) == (16, 0)
+        assert comm.bytes.wire_bytes == 32
+
+    run_threads(body, 2)
+
+
+@pytest.mark.parametrize("groups", [[[0], [1]], [[0, 1], [1, 2]], [[0, 1, 2, 3]]], ids=str)
+def test_parts_must_hold_every_rank_once(groups: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="each of the ranks 0 to 2 exactly once"):
+        run_threads(lambda comm: comm.split(groups, "part"), 3)
+
+
+def test_an_exception_frees_ranks_that_wait_in_a_part() -> None:
+    def body(comm: ThreadComm) -> None:
+        part = comm.split([[0, 1], [2]], "part")
+        if comm.rank == 2:
+            raise KeyError("rank 2 stumbled")
+        if comm.rank == 0:
+            part.barrier()
+
+    start = time.monotonic()
+    with pytest.raises(KeyError, match="rank 2 stumbled"):
+        run_threads(body, 3)
+    assert time.monotonic() - start < 5
