@@ -25,15 +25,15 @@ from report import Result, environment, main, table
 from tqdm import tqdm
 from trials import tuning
 from trials.execute import earlier, execute
-from trials.plan import SEEDS, Trial, table_trials, tuning_trials
+from trials.plan import Trial, table_trials, tuning_trials
 from trials.systems import SYSTEMS
 from trials.table import LEGEND, Done, tables
-from trials.tasks import TASKS
+from trials.tasks import TASKS, Size
 
 # Of a trial's result, what goes into the JSON file.
 KEPT = (
     *("trial", "status", "error", "val_loss", "val_accuracy", "train_loss", "first_loss"),
-    *("wire_bytes", "late_wire_bytes_per_step", "step_seconds", "seconds", "recipe"),
+    *("wire_bytes", "late_wire_bytes_per_step", "step_seconds", "seconds"),
 )
 
 
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> Result:
         sys.exit(f"error: {error}")
     done = run_all(trials, options.work, options.deadline)
     name = "convergence_tuning" if options.tune else "convergence"
-    result = Convergence(name, settings(trials))
+    result = Convergence(name, settings(done))
     result.trials = [{key: d.result[key] for key in KEPT if key in d.result} for d in done]
     result.tables = tuning.tables(done) if options.tune else tables(done)
     result.notes = [] if options.tune else LEGEND
@@ -85,19 +85,28 @@ def measure(options: argparse.Namespace) -> Result:
     return result
 
 
-def settings(trials: Sequence[Trial]) -> dict[str, object]:
-    """What a reader of the results wants to know of the tasks."""
+def settings(done: Sequence[Done]) -> dict[str, object]:
+    """What a reader of the results wants to know of the trials."""
+    chosen = {d.trial.task for d in done}
     tasks = {
-        name: {
-            "steps": size.steps,
-            "global_batch": size.batch,
-            "learning_rates": dict(size.lr),
-            **size.recipe,
-        }
+        name: {"steps": size.steps, "global_batch": size.batch, "optimizers": optimizers(size)}
+        | dict(size.recipe)
         for name, size in TASKS.items()
-        if name in {trial.task for trial in trials}
+        if name in chosen
     }
-    return {"trials": len(trials), "seeds": SEEDS, "threads_per_rank": 1, **tasks}
+    commits = {str(d.result["environment"]["commit"]) for d in done}
+    return {
+        "trials": len(done),
+        "commits": sorted(commits),
+        "threads_per_rank": 1,
+        **tasks,
+        "systems": {d.trial.system.name: dict(d.trial.system.scheme) for d in done},
+    }
+
+
+def optimizers(size: Size) -> dict[str, object]:
+    """Settings of the optimizers, tuned learning rates among them."""
+    return {name: {"lr": size.lr[name], **others} for name, others in size.optim.items()}
 
 
 def write_markdown(result: Result, file: Path) -> None:

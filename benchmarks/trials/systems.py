@@ -90,7 +90,13 @@ SYSTEMS: tuple[System, ...] = (
         "dgc",
         {"name": "dgc", "density": 0.001, "warmup_steps": 100},
         "sgd",
-        note="99.9 % sparse after 100 steps of warm-up",
+        note="99.9 % sparse after 100 steps of warm-up; an element then waits for longer than the run lasts",
+    ),
+    System(
+        "dgc_99",
+        {"name": "dgc", "density": 0.01, "warmup_steps": 60},
+        "sgd",
+        note="99 % sparse after 60 steps of warm-up, for a run as short as this",
     ),
     System("powersgd", {"name": "powersgd", "rank": 4}, USUAL),
     System(
@@ -111,12 +117,11 @@ SYSTEMS: tuple[System, ...] = (
         {
             "name": "zero_one_adam",
             "var_freeze_step": 60,
-            "var_update_scaler": 4,
             "local_step_scaler": 60,
-            "local_step_clipper": 4,
+            "local_step_clipper": 8,
         },
         "adamw",
-        note="variance frozen after 60 steps, then 1 to 4 local steps",
+        note="signs from the first step; local steps after 60",
     ),
     System(
         "onebit_lamb",
