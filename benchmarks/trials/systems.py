@@ -1,0 +1,141 @@
+"""The systems of the convergence table. A scheme that this version does not have is reported as such."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trials.tasks import TASKS, Inner
+
+Recipe = Mapping[str, Any]
+RANKS = (2, 4)
+
+
+@dataclass(frozen=True)
+class System:
+    """One row.
+
+    Args:
+        name: of the row.
+        scheme: the recipe's ``scheme`` block.
+        inner: the optimizer, and so the dense row that it is compared with: one, or one for each task.
+        overrides: of the recipe, by task; mappings are merged, so ``{"scheme": {"rank": 8}}`` changes one knob.
+        lr: by task, if it cannot be that of dense training.
+        sweep: by task, the learning rates that ``--tune`` tries if not those of dense training.
+        ranks: with how many it is worth a row.
+        note: what a reader should know.
+    """
+
+    name: str
+    scheme: Recipe
+    inner: Inner | Mapping[str, Inner]
+    overrides: Mapping[str, Recipe] = field(default_factory=dict)
+    lr: Mapping[str, float] = field(default_factory=dict)
+    sweep: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    ranks: tuple[int, ...] = RANKS
+    note: str = ""
+
+    def inner_of(self, task: str) -> Inner:
+        return self.inner if isinstance(self.inner, str) else self.inner[task]
+
+
+DENSE = "dense-"  # and the inner optimizer: the rows that others are compared with
+# What most people train such a task with.
+USUAL: Mapping[str, Inner] = {"gpt": "adamw", "digits": "sgd"}
+# In steps of lr per parameter, as of AdamW, because the update is a vector of signs.
+_SIGN_LR = {"gpt": 1e-3, "digits": 1e-3}
+_SIGN_SWEEP = {task: (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3) for task in ("gpt", "digits")}
+
+
+def both(**sections: Any) -> dict[str, Recipe]:
+    """The same overrides for both tasks."""
+    return {"gpt": sections, "digits": sections}
+
+
+SYSTEMS: tuple[System, ...] = (
+    System(f"{DENSE}adamw", {"name": "ddp"}, "adamw"),
+    System(f"{DENSE}sgd", {"name": "ddp"}, "sgd"),
+    System("fp16", {"name": "fp16"}, USUAL),
+    System("bf16", {"name": "bf16"}, USUAL),
+    System("int8", {"name": "int8"}, USUAL),
+    System("dynamic8", {"name": "dynamic8"}, USUAL),
+    System("natural", {"name": "natural"}, USUAL),
+    System("int4", {"name": "int4"}, USUAL),
+    System("qsgd", {"name": "qsgd"}, USUAL, note="4 bits"),
+    System("terngrad", {"name": "terngrad"}, "sgd"),
+    System("sign", {"name": "sign"}, USUAL, note="EF-signSGD"),
+    System(
+        "signsgd_vote",
+        {"name": "signsgd_vote", "momentum": 0.9},
+        "sgd",
+        overrides=both(optim={"momentum": 0.0, "weight_decay": 0.0}),
+        lr=_SIGN_LR,
+        sweep=_SIGN_SWEEP,
+        note="own lr; momentum before the vote, none in SGD",
+    ),
+    System("topk", {"name": "topk", "density": 0.01}, "sgd"),
+    System("randomk", {"name": "randomk", "density": 0.01}, "sgd"),
+    System(
+        "ef21",
+        {"name": "ef21", "density": 0.1, "momentum": 0.1},
+        "sgd",
+        overrides=both(optim={"momentum": 0.0}),
+        lr={task: 10 * size.lr["sgd"] for task, size in TASKS.items()},
+        sweep={task: tuple(10 * lr for lr in size.sweep["sgd"]) for task, size in TASKS.items()},
+        note="momentum as a mean inside the scheme, none in SGD, so 10 times the lr is the same step",
+    ),
+    System("econtrol", {"name": "econtrol", "density": 0.1}, "sgd"),
+    System(
+        "dgc",
+        {"name": "dgc", "density": 0.001, "warmup_steps": 100},
+        "sgd",
+        note="99.9 % sparse after 100 steps of warm-up; an element then waits for longer than the run lasts",
+    ),
+    System(
+        "dgc_99",
+        {"name": "dgc", "density": 0.01, "warmup_steps": 60},
+        "sgd",
+        note="99 % sparse after 60 steps of warm-up, for a run as short as this",
+    ),
+    System("powersgd", {"name": "powersgd", "rank": 4}, USUAL),
+    System(
+        "hierarchical",
+        {"name": "hierarchical", "scheme": {"name": "powersgd", "rank": 4}, "local_size": 2},
+        USUAL,
+        ranks=(4,),
+        note="nodes of 2 ranks, PowerSGD r4 between them; bytes of both levels",
+    ),
+    System(
+        "onebit_adam",
+        {"name": "onebit_adam", "freeze_step": 60},
+        "adamw",
+        note="dense Adam for 60 steps",
+    ),
+    System(
+        "zero_one_adam",
+        {
+            "name": "zero_one_adam",
+            "var_freeze_step": 60,
+            "local_step_scaler": 60,
+            "local_step_clipper": 8,
+        },
+        "adamw",
+        note="signs from the first step; local steps after 60",
+    ),
+    System(
+        "onebit_lamb",
+        {"name": "onebit_lamb", "freeze_step": 60},
+        "adamw",
+        sweep={task: (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2) for task in ("gpt", "digits")},
+        note="LAMB, so dense AdamW is another algorithm; dense for 60 steps",
+    ),
+    System(
+        "demo",
+        {"name": "demo"},
+        "adamw",
+        lr=_SIGN_LR,
+        sweep=_SIGN_SWEEP,
+        note="own lr; not an Adam: the update is a sign",
+    ),
+)
