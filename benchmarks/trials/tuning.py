@@ -37,5 +37,5 @@ def _row(done: Done, best: bool) -> dict[str, Any]:
     if TASKS[done.trial.task].figure == "val_accuracy":
         line["accuracy %"] = round(100 * done.value("val_accuracy"), 2)
     line["first loss"] = round(done.result["first_loss"], 4)
-    line["seconds"] = done.result["seconds"]
+    line["CPU seconds"] = done.result["cpu_seconds"]
     return line | {"best": "yes" if best else ""}
