@@ -33,7 +33,7 @@ from trials.tasks import TASKS, Size
 # Of a trial's result, what goes into the JSON file.
 KEPT = (
     *("trial", "status", "error", "val_loss", "val_accuracy", "train_loss", "first_loss"),
-    *("wire_bytes", "late_wire_bytes_per_step", "step_seconds", "seconds"),
+    *("wire_bytes", "late_wire_bytes_per_step", "step_seconds", "seconds", "cpu_seconds"),
 )
 
 

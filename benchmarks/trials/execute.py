@@ -108,15 +108,17 @@ def _train(trial: Trial, folder: Path, work: Path, deadline_s: float) -> dict[st
     )
     if any(outcome.status != "finished" for outcome in outcomes):
         return {"status": FAILED, "error": _reason(outcomes)}
-    return {"status": FINISHED, **figures(run)}
+    cpu = sum(outcome.value for outcome in outcomes)
+    return {"status": FINISHED, **figures(run), "cpu_seconds": round(cpu, 2)}
 
 
-def train_rank(rank: int, world_size: int, words: Sequence[str]) -> None:
-    """What a rank does: ``launch/train.py``, its output beside its errors."""
+def train_rank(rank: int, world_size: int, words: Sequence[str]) -> float:
+    """What a rank does: ``launch/train.py``, its output beside its errors. Returns its CPU seconds."""
     os.dup2(2, 1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which os._exit() would leave behind
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     train.main(words)
+    return time.process_time()
 
 
 def figures(run: RunDirectory) -> dict[str, Any]:

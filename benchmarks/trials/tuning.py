@@ -33,9 +33,10 @@ def _row(done: Done, best: bool) -> dict[str, Any]:
     line: dict[str, Any] = {"lr": done.trial.lr}
     if not done.finished:
         return line | {"validation loss": done.result["error"]}
-    line["validation loss"] = round(done.value("val_loss"), 4)
+    loss = done.value("val_loss")
+    line["validation loss"] = round(loss, 4) if math.isfinite(loss) else "diverged"
     if TASKS[done.trial.task].figure == "val_accuracy":
         line["accuracy %"] = round(100 * done.value("val_accuracy"), 2)
     line["first loss"] = round(done.result["first_loss"], 4)
-    line["seconds"] = done.result["seconds"]
+    line["CPU seconds"] = done.result["cpu_seconds"]
     return line | {"best": "yes" if best else ""}
