@@ -30,9 +30,10 @@ class Run:
     records: list[dict[str, Any]]  # lines of metrics.jsonl
 
     @property
-    def wire_bytes_per_step(self) -> float:
-        total: int = self.summary["total_wire_bytes"]
-        return total / max(1, len(self.records))
+    def wire_bytes_per_step(self) -> float | None:
+        """None where nobody counted: torch's own hooks."""
+        total: int | None = self.summary["total_wire_bytes"]
+        return None if total is None else total / max(1, len(self.records))
 
 
 def read_run(directory: Path) -> Run:
@@ -82,8 +83,9 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         losses = [record["loss"] for record in points]
         label = f"{run.name} (validation {_number(run.summary['val_loss'], '.3f')})"
         by_step.plot([record["step"] for record in points], losses, label=label, linewidth=1)
-        megabytes = [total / 1e6 for total in accumulate(r["wire_bytes"] for r in points)]
-        by_bytes.plot(megabytes, losses, linewidth=1)
+        if run.wire_bytes_per_step is not None:
+            megabytes = [total / 1e6 for total in accumulate(r["wire_bytes"] for r in points)]
+            by_bytes.plot(megabytes, losses, linewidth=1)
     by_step.set(xlabel="step", ylabel="training loss [nats per byte]")
     by_bytes.set(xlabel="sent by rank 0 [MB]")
     if any(run.summary["total_wire_bytes"] for run in runs):
@@ -97,15 +99,16 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 def _row(run: Run, baseline: Run) -> list[str]:
     summary = run.summary
     step, exposed = summary["median_step_seconds"], summary["median_exposed_comm_seconds"]
+    sent, total = run.wire_bytes_per_step, summary["total_wire_bytes"]
     return [
         run.name,
         _number(summary["train_loss"], ".3f"),
         _number(summary["val_loss"], ".3f"),
-        _number(run.wire_bytes_per_step / 1e6, ".3f"),
-        _number(summary["total_wire_bytes"] / 1e6, ".1f"),
+        _number(sent and sent / 1e6, ".3f"),
+        _number(total and total / 1e6, ".1f"),
         _number(step and step * 1e3, ".1f"),
         _number(exposed and exposed * 1e3, ".1f"),
-        _ratio(run.wire_bytes_per_step, baseline.wire_bytes_per_step),
+        _ratio(sent, baseline.wire_bytes_per_step),
         _ratio(step, baseline.summary["median_step_seconds"]),
     ]
 

@@ -134,6 +134,24 @@ def test_table_of_runs_without_figures_shows_dashes(tmp_path):
     assert "-" in table([run]).splitlines()[2].split()
 
 
+def test_bytes_that_nobody_counted_are_dashes(tmp_path):
+    """Torch's own hooks count none."""
+    pytest.importorskip("matplotlib")
+    run = read_run(finished_run(tmp_path / "run"))
+    run.summary["total_wire_bytes"] = None
+    for line in run.records:
+        line["wire_bytes"] = None
+    counted = read_run(finished_run(tmp_path / "counted"))
+    header, _, _, cells = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table([counted, run]).splitlines()
+    )
+    row = dict(zip(header, cells, strict=True))
+    for column in ("MB on the wire per step", "MB on the wire in all", "bytes / counted"):
+        assert row[column] == "-"
+    plot([counted, run], tmp_path / "loss.png")
+
+
 def test_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     plot([read_run(finished_run(tmp_path / "run"))], tmp_path / "loss.png")

@@ -190,10 +190,11 @@ def test_another_run_is_not_resumed(launcher, unbroken):
     assert re.search(r"--resume: optim is .*0\.5.*, but the run in .* has .*0\.002", output)
 
 
+@pytest.mark.timeout(300)
 def test_every_recipe_trains(launcher, tmp_path):
     program = [str(ROOT / "tests" / "launch" / "every_recipe.py"), str(tmp_path)]
     process = launcher.spawn([*program, "--steps", "5", *launcher.settings()], ranks=1)
-    output = launcher.finish(process, timeout_s=90)
+    output = launcher.finish(process, timeout_s=240)
     assert process.returncode == 0, output
     assert {path.name for path in tmp_path.iterdir()} == RECIPES
     for out in tmp_path.iterdir():
