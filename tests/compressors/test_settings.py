@@ -22,6 +22,7 @@ from commkit.compressors import BlockQuantize, Cast, RandomK, Sign, Ternary, Top
         (lambda: TopK(float("nan")), r"density=nan must be in \(0, 1\]"),
         (lambda: TopK(threshold="guess"), "threshold='guess' must be"),
         (lambda: TopK(values="fp8"), "values='fp8' must be"),
+        (lambda: TopK(warmup_steps=-1), "warmup_steps=-1 must be >= 0"),
         (lambda: RandomK(0), r"density=0 must be in \(0, 1\]"),
         (lambda: RandomK(2), r"density=2 must be in \(0, 1\]"),
     ],
