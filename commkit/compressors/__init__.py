@@ -3,6 +3,7 @@
 from ..registry import import_all
 from .block_quantize import BlockQuantize
 from .cast import Cast
+from .dct_topk import DCTTopK
 from .none import NoCompression
 from .randomk import RandomK
 from .sign import Sign
@@ -11,4 +12,13 @@ from .topk import TopK
 
 import_all(__name__, __path__)
 
-__all__ = ["BlockQuantize", "Cast", "NoCompression", "RandomK", "Sign", "Ternary", "TopK"]
+__all__ = [
+    "BlockQuantize",
+    "Cast",
+    "DCTTopK",
+    "NoCompression",
+    "RandomK",
+    "Sign",
+    "Ternary",
+    "TopK",
+]

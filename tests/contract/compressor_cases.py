@@ -27,6 +27,7 @@ class CompressorCase:
         unbiased: the mean over steps and salts is the input.
         contraction: upper bound of |x - C(x)|^2 / |x|^2 (its mean, if C draws at random).
         error: upper bound of |x - C(x)| / max|x|, element by element.
+        averaged: ``combine`` is the mean over all ranks, the default of every compressor.
     """
 
     name: str
@@ -35,6 +36,7 @@ class CompressorCase:
     unbiased: bool = False
     contraction: Bound | None = None
     error: float | None = None
+    averaged: bool = True
 
     def build(self) -> Compressor:
         return registry.lookup("compressor", self.name)(**self.fields)
@@ -84,6 +86,13 @@ _CASES = [
     CompressorCase("topk", {"density": 0.2, "values": "bf16"}, contraction=_kept(0.19)),
     CompressorCase("topk", {"density": 0.2, "values": "fp16"}, contraction=_kept(0.19)),
     CompressorCase("topk", {"density": 1.0}, error=0.0),
+    CompressorCase("topk", {"density": 0.01, "warmup_steps": 8}, contraction=_kept(0.01)),
+    # 4000 elements are tiles of 50
+    CompressorCase(
+        "dct_topk", {"top_k": 5, "values": "fp32"}, contraction=_kept(0.1), averaged=False
+    ),
+    CompressorCase("dct_topk", {"top_k": 8}, contraction=_kept(0.159), averaged=False),
+    CompressorCase("dct_topk", {"top_k": 50, "values": "fp32"}, error=0.0),  # would not shrink
     CompressorCase("randomk", {"density": 0.1}, contraction=_kept(0.09)),
     CompressorCase("randomk", {"density": 0.1, "unbiased": True}, unbiased=True),
 ]
