@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commkit
+from commkit.optim import OptimizerScheme
 from commkit.registry import names
 from tests.adapters import problem
 from tests.harness import run_ranks
@@ -68,8 +69,11 @@ def _every_scheme(rank: int, world_size: int) -> dict[str, tuple[bool, float, fl
         if scheme == "compose":
             continue
         net = DDP(problem.model(), bucket_cap_mb=0.02)
-        handle = commkit.attach(net, scheme)
-        losses = problem.train(net, range(40), rank)
+        made, optimizer = commkit.schemes.make_scheme(scheme), None
+        if isinstance(made, OptimizerScheme):
+            optimizer = made(net.parameters(), lr={"sgd": 0.05, "adamw": 0.003}[made.like])
+        handle = commkit.attach(net, optimizer or made)
+        losses = problem.train(net, range(40), rank, optimizer=optimizer)
         handle.close()
         outcomes[scheme] = (problem.replicas_equal(net), losses[0], sum(losses[-5:]) / 5)
     return outcomes
