@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .config import ConfigError
 from .ops import NAMESPACE, OPS
+from .reducer import Reducer
 from .registry import lookup, names
-from .schemes import make_reducer
+from .schemes import make_scheme
 from .sim import ThreadComm, run_threads
 from .types import SHARED
 from .version import __version__
@@ -112,12 +114,12 @@ def _card(name: str) -> SchemeCard:
 def _measure(name: str) -> tuple[int, int, float] | tuple[None, None, None]:
     """``(payload bytes, wire bytes, state bytes per parameter)``; None without usable defaults."""
     try:
-        make_reducer(name)
+        make_scheme(name)
     except ConfigError:
         return None, None, None  # a scheme that has to be told its parts
 
     def rank(comm: ThreadComm) -> tuple[int, int, float]:
-        reducer = make_reducer(name)
+        reducer = _reducer(name, comm)
         generator = torch.Generator().manual_seed(comm.rank)
         for _ in range(_STEPS):
             before = (comm.bytes.payload_bytes, comm.bytes.wire_bytes)
@@ -135,6 +137,17 @@ def _measure(name: str) -> tuple[int, int, float] | tuple[None, None, None]:
     told = run_threads(rank, world_size=2)  # servers hold shards of unequal size: take the mean
     payload, wire, state = (sum(column) / len(told) for column in zip(*told, strict=True))
     return round(payload), round(wire), state
+
+
+def _reducer(name: str, comm: ThreadComm) -> Reducer:
+    """That of the scheme, which may be an optimizer."""
+    made = make_scheme(name)
+    if isinstance(made, Reducer):
+        return made
+    weight = nn.Parameter(torch.zeros(SIDE, SIDE))
+    optimizer = made([weight], lr=0.0)
+    optimizer.bind({"weight": weight}, comm)
+    return optimizer.reducer
 
 
 def _backends() -> dict[str, bool]:

@@ -10,9 +10,10 @@ import pytest
 
 from commkit.compressors import Sign
 from commkit.config import ConfigError, apply_overrides, build, load_yaml, validate
+from commkit.optim import OptimizerScheme
 from commkit.reducer import Reducer
 from commkit.registry import names
-from commkit.schemes import make_reducer
+from commkit.schemes import make_reducer, make_scheme
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -161,10 +162,10 @@ def test_composition_from_yaml_alone(tmp_path: Path) -> None:
         "aggregator": {
             "name": "two_shot",
             "compressor": {"name": "sign", "scale": "rms"},
-            "server_feedback": {"name": "error_feedback"},
+            "server_feedback": {"name": "error_feedback", "decay": 1.0},
             "granule": 512,
         },
-        "feedback": {"name": "error_feedback"},
+        "feedback": {"name": "error_feedback", "decay": 1.0},
         "policy": {"start_step": 10, "min_numel": 1024, "min_ndim": 0, "exclude": ["*embed*"]},
         "seed": 3,
     }
@@ -183,7 +184,7 @@ def test_a_reducer_is_taken_as_it_is() -> None:
 def test_every_scheme_has_a_recipe_of_its_name(name: str) -> None:
     block = load_yaml(CONFIGS / f"{name}.yaml")["scheme"]
     assert block["name"] == name
-    assert isinstance(make_reducer(CONFIGS / f"{name}.yaml"), Reducer)
+    assert isinstance(make_scheme(CONFIGS / f"{name}.yaml"), Reducer | OptimizerScheme)
 
 
 def test_every_recipe_is_a_scheme() -> None:

@@ -13,7 +13,7 @@ from commkit.compressors import TopK
 from commkit.feedback import ErrorFeedback, NoFeedback
 from commkit.policy import Policy
 from commkit.reducer import Reducer
-from commkit.schemes import make_reducer
+from commkit.schemes import make_reducer, make_scheme
 from commkit.sim import ThreadComm
 
 from .inputs import on_ranks, residual, sample
@@ -122,7 +122,14 @@ def test_loading_forgets_an_unfinished_step() -> None:
     on_ranks(2, sparse, body)
 
 
-@pytest.mark.parametrize("name", sorted(set(registry.names("scheme")) - {"compose"}))
+REDUCERS = [
+    name
+    for name in registry.names("scheme")
+    if name != "compose" and isinstance(make_scheme(name), Reducer)
+]
+
+
+@pytest.mark.parametrize("name", REDUCERS)
 def test_spec_is_plain_data(name: str) -> None:
     reducer = make_reducer(name, {"seed": 3})
     spec = reducer.spec()
