@@ -107,7 +107,9 @@ def test_sending_all_with_masking_is_plain_sgd(nesterov: bool) -> None:
             result = reducer.reduce({"m": gradients(comm.rank, step)["matrix"]}, comm)["m"]
             reducer.end_step()
             # Nesterov's look-ahead is all that is left of the momentum
-            torch.testing.assert_close(result, 1.9 * mean if nesterov else mean, **EXACT)
+            expected = 1.9 * mean if nesterov else mean
+            # values below 16 travel as float32, and what that cut off comes in the next step
+            torch.testing.assert_close(result, expected, rtol=0, atol=2 * 2**-24 * 16)
 
     run_threads(body, 2)
 
