@@ -16,7 +16,7 @@ import torch
 from report import Result, Target, main
 
 import commkit
-from commkit.schemes import make_reducer
+from commkit.schemes import make_scheme
 from commkit.sim import ThreadComm, run_threads
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -30,6 +30,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "topk": {"density": 0.001},
     "topk density 0.01": {"density": 0.01},
     "randomk": {"density": 0.01},
+    "ef21": {"density": 0.01},
+    "econtrol": {"density": 0.1},
+    "dgc": {"density": 0.001},
+    "demo": {},
+    "demo top_k 8": {"top_k": 8},
     "powersgd": {"rank": 4},
     "powersgd rank 1": {"rank": 1},
 }
@@ -42,12 +47,21 @@ def _knobs(name: str) -> tuple[str, dict[str, Any]]:
     return name.split()[0], SCHEMES[name]
 
 
+def _reducer(name: str, comm: ThreadComm) -> commkit.Reducer:
+    made = make_scheme(*_knobs(name))
+    if isinstance(made, commkit.Reducer):
+        return made
+    parameters = dict(model.build().named_parameters())
+    optimizer = made(parameters.values(), lr=0.0)
+    optimizer.bind(parameters, comm)
+    return optimizer.reducer
+
+
 def in_threads(name: str) -> tuple[int, int]:
     """Wire and payload bytes of rank 0 in one step."""
 
     def body(comm: ThreadComm) -> tuple[int, int]:
-        scheme, knobs = _knobs(name)
-        reducer = make_reducer(scheme, knobs)
+        reducer = _reducer(name, comm)
         generator = torch.Generator().manual_seed(comm.rank)
         before = (0, 0)
         for _ in range(_STEPS):

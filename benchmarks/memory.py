@@ -16,12 +16,15 @@ from typing import Any
 
 import harness
 import model
+import torch
 import torch.distributed as dist
 from report import Result, Target, main
 from torch.nn.parallel import DistributedDataParallel
 
 import commkit
 from commkit.aggregators import PowerSGD
+from commkit.optim import OptimizerScheme
+from commkit.schemes import make_scheme
 from commkit.types import TensorCtx
 
 TOLERANCE = 0.01  # bytes per compressed parameter, of state
@@ -42,7 +45,14 @@ CLAIMS: dict[str, tuple[dict[str, Any], _Claim]] = {
     "randomk": ({}, lambda w, q: 4.0),
     "randomk without feedback": ({"error_feedback": False}, lambda w, q: 0.0),
     "powersgd": ({"rank": _RANK}, lambda w, q: 4 + q),
+    "ef21": ({}, lambda w, q: 8.0),
+    "ef21 with momentum": ({"momentum": 0.1}, lambda w, q: 12.0),
+    "econtrol": ({}, lambda w, q: 12.0),
+    "dgc": ({}, lambda w, q: 8.0),
+    "dgc with weight decay": ({}, lambda w, q: 12.0),
+    "demo": ({}, lambda w, q: 4.0),
 }
+WITH_DECAY = "dgc with weight decay"
 
 
 def on_rank(rank: int, world_size: int, names: list[str], steps: int) -> list[dict[str, Any]]:
@@ -51,13 +61,24 @@ def on_rank(rank: int, world_size: int, names: list[str], steps: int) -> list[di
 
 def _one(rank: int, world_size: int, name: str, steps: int) -> dict[str, Any]:
     run = model.Run(model.corpus(), rank, world_size)
-    plain, plain_peak = _steps(run, steps)
     knobs, claim = CLAIMS[name]
-    handle = commkit.attach(run.ddp, name.split()[0], **knobs)
+    made = make_scheme(name.split()[0], knobs)
+    scheme: Any = made
+    if isinstance(made, OptimizerScheme):  # in the place of an optimizer that keeps nothing
+        run.optimizer = torch.optim.SGD(run.ddp.parameters(), 1e-4)
+    plain, plain_peak = _steps(run, steps)
+    if isinstance(made, OptimizerScheme):
+        decay = 0.1 if name == WITH_DECAY else 0.0
+        run.optimizer = scheme = made(run.ddp.parameters(), lr=1e-4, weight_decay=decay)
+    handle = commkit.attach(run.ddp, scheme)
     resident, peak = _steps(run, steps)
     parameters, q_bytes = _compressed(run.ddp, handle.reducer)
     state = handle.state_dict()
     tensors = [x for key, x in state.items() if key != "shared/step"]
+    if isinstance(made, OptimizerScheme):
+        names = handle.reducer.compressed
+        compressed = [p for name, p in run.ddp.module.named_parameters() if name in names]
+        tensors += [x for p in compressed for x in run.optimizer.state.get(p, {}).values()]
     state_bytes = sum(x.numel() * x.element_size() for x in tensors)
     handle.close()
     per = max(parameters, 1)

@@ -52,7 +52,7 @@ class Run:
         self, text: Corpus, rank: int, world_size: int, bucket_cap_mb: float | None = None
     ) -> None:
         self.ddp = DistributedDataParallel(build(), bucket_cap_mb=bucket_cap_mb)
-        self._optimizer = make_optimizer(
+        self.optimizer = make_optimizer(
             self.ddp, TrainSettings(optim=OPTIMIZER, scheme={"name": "ddp"})
         )
         self._batches = _batches(text, rank, world_size)
@@ -65,8 +65,8 @@ class Run:
         tokens = next(self._batches)
         loss = self.ddp(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.losses.append(float(loss.detach()))
 
     def parameters(self) -> Tensor:

@@ -129,7 +129,8 @@ class Reducer:
                 same order. They are overwritten, and results are them or views of a copy.
             comm: the group.
             hold: names whose gradient on this rank is zero because the parameter was not used. They
-                contribute zeros and their residual waits, since DDP may throw the result away.
+                contribute zeros and their residual waits, since DDP may throw the result away. Ignored
+                by feedback that sends differences to an estimate, which has to follow.
 
         Raises:
             RuntimeError: a name is reduced twice in a step.
@@ -157,6 +158,9 @@ class Reducer:
         comm: Comm,
         hold: Collection[str] = (),
     ) -> dict[str, Tensor]:
+        if self.feedback.changes_mean:
+            # An estimate of a gradient that is zero now must follow it: others go on using its mean.
+            hold = ()
         ctxs = {key: self._ctx(key, x) for key, x in named.items()}
         dense = [key for key in named if key not in compressed]
         self._compressed.update(compressed)

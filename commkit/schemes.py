@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
+
 from .aggregators import (
     AllGather,
     AllReduce,
@@ -34,8 +36,8 @@ from .compressors import (
     TopK,
 )
 from .config import ConfigError, build, load_yaml
-from .feedback import ErrorFeedback, Momentum, NoFeedback
-from .optim import OneBitAdam, OneBitLamb, OptimizerScheme, ZeroOneAdam
+from .feedback import EF21, EControl, ErrorFeedback, Momentum, NoFeedback
+from .optim import DGCSGD, DeMo, OneBitAdam, OneBitLamb, OptimizerScheme, ZeroOneAdam
 from .optim.onebit import FreezeStep
 from .policy import Policy
 from .reducer import Reducer
@@ -305,7 +307,7 @@ def onebit_adam(
 
     Args: those of :class:`~commkit.optim.OneBitAdam`, which it builds.
     """
-    return OptimizerScheme(OneBitAdam, locals(), like="adamw")
+    return _checked(OptimizerScheme(OneBitAdam, locals(), like="adamw"))
 
 
 @register("scheme", "onebit_lamb")
@@ -331,7 +333,7 @@ def onebit_lamb(
 
     Args: those of :class:`~commkit.optim.OneBitLamb`, which it builds.
     """
-    return OptimizerScheme(OneBitLamb, locals(), like="adamw")
+    return _checked(OptimizerScheme(OneBitLamb, locals(), like="adamw"))
 
 
 @register("scheme", "zero_one_adam")
@@ -348,7 +350,7 @@ def zero_one_adam(
 
     Args: those of :class:`~commkit.optim.ZeroOneAdam`, which it builds.
     """
-    return OptimizerScheme(ZeroOneAdam, locals(), like="adamw")
+    return _checked(OptimizerScheme(ZeroOneAdam, locals(), like="adamw"))
 
 
 @register("scheme", "hierarchical")
@@ -383,6 +385,102 @@ def hierarchical(
     return inner
 
 
+@register("scheme", "ef21")
+def ef21(
+    density: float = 0.01,
+    momentum: float = 1.0,
+    threshold: Literal["auto", "exact", "sampled"] = "auto",
+    values: Literal["fp32", "bf16", "fp16"] = "fp32",
+    start_step: int = 0,
+    min_numel: int = 1024,
+) -> Reducer:
+    """EF21 with top-k by all-gather (Richtarik et al. 2021): ranks send how an estimate of their gradient
+    changes. 8 bytes per compressed element, 12 with momentum.
+
+    Args:
+        density: share of elements sent; 0.01 to 0.1.
+        momentum: 1 for full gradients; about 0.1 for stochastic ones (EF21-SGDM), the optimizer's own
+            momentum then 0.
+        threshold: how the largest are found, see :class:`~commkit.compressors.TopK`.
+        values: precision of the values sent.
+        start_step: dense steps before.
+        min_numel: smaller tensors stay dense.
+    """
+    return Reducer(
+        AllGather(TopK(density, threshold, values)), EF21(momentum), Policy(start_step, min_numel)
+    )
+
+
+@register("scheme", "econtrol")
+def econtrol(
+    density: float = 0.1,
+    eta: float | None = None,
+    threshold: Literal["auto", "exact", "sampled"] = "auto",
+    values: Literal["fp32", "bf16", "fp16"] = "fp32",
+    start_step: int = 0,
+    min_numel: int = 1024,
+) -> Reducer:
+    """EControl with top-k by all-gather (Gao, Islamov and Stich 2024): for ranks whose data differ, where
+    plain error feedback needs small steps. 12 bytes per compressed element.
+
+    Args:
+        density: share of elements sent; 0.01 to 0.1.
+        eta: strength of the error's return; none is density / 4, which is critically damped. See
+            :class:`~commkit.feedback.EControl`.
+        threshold: how the largest are found, see :class:`~commkit.compressors.TopK`.
+        values: precision of the values sent.
+        start_step: dense steps before.
+        min_numel: smaller tensors stay dense.
+    """
+    return Reducer(
+        AllGather(TopK(density, threshold, values)),
+        EControl(density / 4 if eta is None else eta),
+        Policy(start_step, min_numel),
+    )
+
+
+@register("scheme", "dgc")
+def dgc(
+    density: float = 0.001,
+    warmup_steps: int = 0,
+    clip_norm: float = 0.0,
+    nesterov: bool = False,
+    masking: bool = True,
+    threshold: Literal["auto", "exact", "sampled"] = "auto",
+    values: Literal["fp32", "bf16", "fp16"] = "fp32",
+    start_step: int = 0,
+    min_numel: int = 1024,
+    min_ndim: int = 2,
+    exclude: Sequence[str] = (),
+) -> OptimizerScheme:
+    """Deep Gradient Compression, an optimizer (Lin et al. 2018): top-k of the accumulated velocity by
+    all-gather, in the place of SGD with momentum. 8 bytes per compressed element, 12 with weight decay.
+
+    Args: those of :class:`~commkit.optim.DGCSGD`; ``lr``, ``momentum`` and ``weight_decay`` are the
+    optimizer's settings.
+    """
+    return _checked(OptimizerScheme(DGCSGD, locals(), like="sgd"))
+
+
+@register("scheme", "demo")
+def demo(
+    decay: float = 0.999,
+    top_k: int = 32,
+    chunk: int = 64,
+    values: Literal["fp32", "bf16", "fp16"] = "bf16",
+    sign: bool = True,
+    min_numel: int = 1024,
+    min_ndim: int = 2,
+    exclude: Sequence[str] = (),
+) -> OptimizerScheme:
+    """DeMo, an optimizer (Peng, Quesnelle and Kingma 2024): the largest cosine coefficients of a momentum
+    of each rank's own by all-gather, then the sign. In the place of AdamW; 4 bytes per compressed element.
+
+    Args: those of :class:`~commkit.optim.DeMo`; ``lr`` and ``weight_decay`` are the optimizer's settings.
+    """
+    return _checked(OptimizerScheme(DeMo, locals(), like="adamw"))
+
+
 @register("scheme", "compose")
 def compose(
     aggregator: Aggregator,
@@ -411,6 +509,12 @@ def _block_quantised(
         feedbacks[1],
         Policy(start_step, min_numel),
     )
+
+
+def _checked(scheme: OptimizerScheme) -> OptimizerScheme:
+    """Raise now what is wrong with the knobs, not when parameters come."""
+    scheme([torch.zeros(0)], lr=0.0)
+    return scheme
 
 
 def make_reducer(scheme: Scheme, knobs: Mapping[str, Any] | None = None) -> Reducer:

@@ -165,6 +165,17 @@ class TrainSettings(Section):
             )
         return scheme
 
+    @model_validator(mode="after")
+    def density_warmup_ends(self) -> "TrainSettings":
+        warmup, end = _density_warmup(self.scheme), max(self.steps, self.schedule.length)
+        if warmup >= end:
+            raise ValueError(
+                f"scheme.warmup_steps must be shorter than the run, got {warmup} with steps={self.steps} "
+                f"and schedule.length={self.schedule.length}, so that the wanted density is never "
+                "reached; lower scheme.warmup_steps"
+            )
+        return self
+
     @field_validator("schedule")
     @classmethod
     def schedule_comes_down(
@@ -177,6 +188,14 @@ class TrainSettings(Section):
                 "lower schedule.min_lr"
             )
         return schedule
+
+
+def _density_warmup(block: Any) -> int:
+    """The longest ``warmup_steps`` of a scheme and of the parts it is composed of."""
+    if not isinstance(block, dict):
+        return 0
+    own = block.get("warmup_steps", 0)
+    return max(own if isinstance(own, int) else 0, *map(_density_warmup, [None, *block.values()]))
 
 
 # What may differ between a run and its resumption without making it another run.

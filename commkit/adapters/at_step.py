@@ -66,9 +66,8 @@ class StepHandle:
 
     @torch.no_grad()
     def _reduce(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if any(
-            arg is not None for arg in (*args[1:], *kwargs.values())
-        ):  # args[0] is the optimizer
+        given = (arg for arg in (*args, *kwargs.values()) if arg is not optimizer)
+        if any(arg is not None for arg in given):  # torch hands `self` over with the arguments
             raise RuntimeError(
                 "gradients are reduced before the step, and a closure computes them inside it; call "
                 "backward first and step() without a closure"

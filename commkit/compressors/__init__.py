@@ -3,6 +3,7 @@
 from ..registry import import_all
 from .block_quantize import BlockQuantize
 from .cast import Cast
+from .dct_topk import DCTTopK
 from .dynamic_tree import DynamicTree
 from .natural import Natural
 from .none import NoCompression
@@ -18,6 +19,7 @@ import_all(__name__, __path__)
 __all__ = [
     "BlockQuantize",
     "Cast",
+    "DCTTopK",
     "DynamicTree",
     "Natural",
     "NoCompression",

@@ -1,12 +1,16 @@
 """Optimizers that communicate: they decide what is sent in place of gradients."""
 
 from .base import CommOptimizer, OptimizerReducer, OptimizerScheme
+from .demo import DeMo
+from .dgc_sgd import DGCSGD
 from .onebit_adam import OneBitAdam
 from .onebit_lamb import OneBitLamb
 from .zero_one_adam import ZeroOneAdam
 
 __all__ = [
     "CommOptimizer",
+    "DGCSGD",
+    "DeMo",
     "OneBitAdam",
     "OneBitLamb",
     "OptimizerReducer",

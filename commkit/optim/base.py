@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -37,9 +38,11 @@ class CommOptimizer(Optimizer):
 
     Attributes:
         reducer: the scheme at work.
+        settings: what else must be equal on all ranks, as plain data; compared at attach.
     """
 
     supports_zero = False
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self, params: Parameters, defaults: dict[str, Any], reducer: OptimizerReducer
@@ -50,6 +53,7 @@ class CommOptimizer(Optimizer):
         self.comm: Comm | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._groups: dict[str, dict[str, Any]] = {}
+        self._saved_by: tuple[int, int] | None = None  # of state loaded before attach
 
     @property
     def attached(self) -> bool:
@@ -60,26 +64,46 @@ class CommOptimizer(Optimizer):
         ``attach``; ``comm`` is for the training thread.
 
         Raises:
-            ValueError: the optimizer has a trainable parameter that is not among them.
+            ValueError: the optimizer has a trainable parameter that is not among them, lacks one that it
+                must hold, or has loaded another rank's state.
         """
-        names = {parameter: name for name, parameter in parameters.items()}
-        groups: dict[str, dict[str, Any]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and p not in names:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} is in the optimizer but not in the "
-                        "model; build the optimizer from the model that is attached"
-                    )
-                if p in names:
-                    groups[names[p]] = group
+        groups = self._groups_of(parameters)
+        ours = {id(parameters[name]) for name in groups}
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.requires_grad and id(p) not in ours:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is in the optimizer but not in the "
+                    "model; build the optimizer from the model that is attached"
+                )
         if len(groups) < len(parameters) and not self.supports_zero:
             missing = min(set(parameters) - set(groups))
             raise ValueError(
                 f"parameter {missing!r} of the model is not in the optimizer, and "
                 f"{type(self).__name__} must hold all; add it, or freeze it"
             )
+        if self._saved_by is not None:
+            _refuse_other_rank(self._saved_by, comm)
         self._parameters, self._groups, self.comm = dict(parameters), groups, comm
+
+    def _groups_of(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
+        """The parameter group of each name, as far as it is in one."""
+        names = {parameter: name for name, parameter in parameters.items()}
+        return {
+            names[p]: group for group in self.param_groups for p in group["params"] if p in names
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for any optimizer, before it is attached.
+
+        Raises:
+            RuntimeError: attached; what is reduced was agreed upon then.
+        """
+        if getattr(self, "comm", None) is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} is attached, and what is reduced was agreed upon then; add "
+                "parameter groups before commkit.attach"
+            )
+        super().add_param_group(param_group)
 
     def outgoing(
         self, named: dict[str, Tensor], compressed: Collection[str], comm: Comm
@@ -135,14 +159,18 @@ class CommOptimizer(Optimizer):
     def apply(self) -> None:
         """One update of all parameters, from what arrived."""
 
+    def gradient(self, name: str) -> Tensor | None:
+        """``p.grad`` as it is."""
+        return self._parameters[name].grad
+
     def arrived(self, name: str) -> Tensor:
         """What the reduction of ``name`` gave, in its work dtype."""
-        kept = self.reducer.kept.get(name)
+        gradient = self.gradient(name)
+        kept = self.reducer.kept_for(name, gradient)
         if kept is not None:
             return kept
-        gradient = self._parameters[name].grad
         if gradient is None:  # backward did not reach it on any rank
-            return torch.zeros_like(self._parameters[name], dtype=torch.float32)
+            gradient = torch.zeros_like(self._parameters[name])
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
     def shared_state_dict(self) -> dict[str, Any]:
@@ -168,17 +196,14 @@ class CommOptimizer(Optimizer):
         """
         state = dict(state_dict)
         own = state.pop(_REDUCER, None)
-        if own is not None and self.comm is not None:
-            here = (self.comm.rank, self.comm.world_size)
-            saved = (own[_RANK], own[_WORLD_SIZE])
-            if saved != here:
-                raise ValueError(
-                    f"state of rank {saved[0]} of {saved[1]} was given to rank {here[0]} of {here[1]}; "
-                    "residuals belong to a rank: save and load one file per rank, or use "
-                    "commkit.checkpoint, which also changes the world size"
-                )
+        if own is not None and own[_WORLD_SIZE]:
+            saved_by = (own[_RANK], own[_WORLD_SIZE])
+            if self.comm is not None:
+                _refuse_other_rank(saved_by, self.comm)
+            self._saved_by = saved_by
         super().load_state_dict(state)
         self._restore_dtypes(state)
+        self._groups = self._groups_of(self._parameters)  # torch has made new ones
         if own is not None:
             self.reducer.load_state_dict(own["state"])
         self.after_load()
@@ -194,6 +219,16 @@ class CommOptimizer(Optimizer):
 
     def after_load(self) -> None:
         """Bring everything that follows from state up to date."""
+
+
+def _refuse_other_rank(saved_by: tuple[int, int], comm: Comm) -> None:
+    here = (comm.rank, comm.world_size)
+    if saved_by != here:
+        raise ValueError(
+            f"state of rank {saved_by[0]} of {saved_by[1]} was given to rank {here[0]} of {here[1]}; "
+            "residuals belong to a rank: save and load one file per rank, or use "
+            "commkit.checkpoint, which also changes the world size"
+        )
 
 
 class OptimizerReducer(Reducer):
@@ -215,12 +250,17 @@ class OptimizerReducer(Reducer):
         super().__init__(aggregator, NoFeedback() if feedback is None else feedback, policy, seed)
         self.optimizer: CommOptimizer | None = None
         self.kept: dict[str, Tensor] = {}
+        self._before: dict[str, tuple[Tensor | None, int]] = {}  # of p.grad that backward passed by
 
     def spec(self) -> dict[str, Any]:
         assert self.optimizer is not None
         settings = {k: v for k, v in self.optimizer.defaults.items() if k != "lr"}
         return super().spec() | {
-            "optimizer": {"name": type(self.optimizer).__name__, **settings},
+            "optimizer": {
+                "name": type(self.optimizer).__name__,
+                **settings,
+                **self.optimizer.settings,
+            },
         }
 
     def state_dict(self) -> StateDict:
@@ -242,7 +282,7 @@ class OptimizerReducer(Reducer):
         """As :meth:`Reducer.reduce`, of what the optimizer makes of ``named``."""
         assert self.optimizer is not None
         if not self._reduced:
-            self.kept = {}
+            self.kept, self._before = {}, {}
         self._begin(named)
         if self.optimizer.is_local(self.step):
             self._contributed(1)
@@ -253,9 +293,24 @@ class OptimizerReducer(Reducer):
         results = self._reduce(outgoing, [k for k in compressed if k in outgoing], comm)
         results = self.optimizer.incoming(results, named)
         for key, result in results.items():
+            if key in hold:
+                self._before[key] = _version(self.optimizer.gradient(key))
             if key in hold or result.dtype != named[key].dtype:
                 self.kept[key] = result.clone()
         return results
+
+    def kept_for(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        """The result of ``name`` if ``gradient``, its ``p.grad`` now, does not hold it in full."""
+        kept = self.kept.get(name)
+        if kept is None or gradient is None or gradient.dtype != kept.dtype:
+            return kept
+        then, version = self._before.get(name, (None, 0))
+        # Untouched: no rank used it. Else DDP has delivered, and maybe the user has clipped, as elsewhere.
+        return kept if then is gradient and gradient._version == version else None
+
+
+def _version(gradient: Tensor | None) -> tuple[Tensor | None, int]:
+    return gradient, 0 if gradient is None else gradient._version
 
 
 @dataclass(frozen=True)

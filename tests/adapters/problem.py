@@ -42,9 +42,11 @@ def train(
     rank: int,
     before_step: Callable[[int], None] = lambda step: None,
     lr: float = 0.05,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:
-    """Plain SGD with momentum; the losses on this rank."""
-    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9)
+    """By plain SGD with momentum unless told otherwise; the losses on this rank."""
+    if optimizer is None:
+        optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9)
     losses = []
     for step in steps:
         before_step(step)

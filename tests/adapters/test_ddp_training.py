@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commkit
+from commkit.optim import OptimizerScheme
 from tests.adapters import problem
 from tests.harness import run_ranks
-from tests.named_schemes import REDUCERS
+from tests.named_schemes import OPTIMIZERS, REDUCERS
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -64,13 +65,18 @@ def test_buckets_do_not_change_the_result(scheme: str) -> None:
 
 def _every_scheme(rank: int, world_size: int) -> dict[str, tuple[bool, float, float]]:
     outcomes = {}
-    for scheme in [*REDUCERS, "hierarchical"]:
+    for scheme in [*REDUCERS, *OPTIMIZERS, "hierarchical"]:
         block: dict[str, Any] = {"name": scheme}
         if scheme == "hierarchical":
             block |= {"scheme": "powersgd", "local_size": 1}
         net = DDP(problem.model(), bucket_cap_mb=0.02)
-        handle = commkit.attach(net, block)
-        losses = problem.train(net, range(40), rank)
+        made, optimizer = commkit.schemes.make_scheme(block), None
+        if isinstance(made, OptimizerScheme):
+            optimizer = made(net.parameters(), lr={"sgd": 0.05, "adamw": 0.003}[made.like])
+        handle = commkit.attach(net, optimizer or made)
+        if scheme == "signsgd_vote":  # results are +1 and -1, whatever the gradient
+            optimizer = torch.optim.SGD(net.parameters(), 2e-3)
+        losses = problem.train(net, range(40), rank, optimizer=optimizer)
         handle.close()
         outcomes[scheme] = (problem.replicas_equal(net), losses[0], sum(losses[-5:]) / 5)
     return outcomes

@@ -13,7 +13,7 @@ from commkit import checkpoint
 from tests.adapters import problem
 from tests.harness import run_ranks
 
-SCHEMES = ["powersgd", "sign", "topk", "randomk", "int4", "int8"]
+SCHEMES = ["powersgd", "sign", "topk", "randomk", "int4", "int8", "ef21", "econtrol"]
 
 
 def _run(
@@ -107,7 +107,7 @@ def _load_residuals(
     return [loaded, {n: after[n] + taken[n] - given[n] for n in after}]
 
 
-@pytest.mark.parametrize("scheme", ["powersgd", "sign", "topk"])
+@pytest.mark.parametrize("scheme", ["powersgd", "sign", "topk", "econtrol"])
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (1, 3)])
 def test_another_world_size_conserves_what_was_left_unsent(
     scheme: str, before: int, after: int, tmp_path: Path

@@ -80,3 +80,51 @@ def test_short_values_are_rounded_to_nearest(values, eps: float) -> None:
     x = sample(1000)
     sent = transmit(TopK(1.0, values=values), x)
     assert bool(((sent - x).abs() <= 1.01 * eps * 2 * x.abs() + 1e-7).all())
+
+
+@pytest.mark.parametrize(
+    ("density", "shares"),
+    [
+        (0.001, [0.25, 0.0625, 0.015625, 0.00390625, 0.001]),
+        (0.05, [0.25, 0.0625, 0.05, 0.05, 0.05]),
+        (0.5, [0.5] * 5),
+    ],
+)
+@pytest.mark.parametrize("warmup_steps", [4, 8, 1000])
+def test_warm_up_comes_down_in_four_equal_stages(density, shares, warmup_steps: int) -> None:
+    compressor = TopK(density, warmup_steps=warmup_steps)
+    length = warmup_steps // 4
+    for stage, share in enumerate(shares):
+        for step in (stage * length, (stage + 1) * length - 1):
+            assert compressor.density_at(step) == share
+    assert compressor.density_at(10**9) == density
+
+
+def test_a_warm_up_shorter_than_its_stages_skips_some() -> None:
+    compressor = TopK(0.001, warmup_steps=2)
+    assert [compressor.density_at(step) for step in range(3)] == [0.25, 0.015625, 0.001]
+
+
+@pytest.mark.parametrize("threshold", ["exact", "sampled"])
+def test_payload_follows_the_warm_up(threshold) -> None:
+    x = sample(10_000)
+    compressor = TopK(0.001, threshold, warmup_steps=8)
+    for step, k in ((0, 2500), (2, 625), (4, 157), (6, 40), (8, 10)):
+        ctx = ctx_of(x, step=step)
+        indices, values = compressor.compress(x, ctx)
+        assert indices.numel() == values.numel() == k
+        assert compressor.payload_bytes(ctx) == 8 * k
+        largest = x.abs().sort(descending=True).values[:k]
+        assert torch.equal(values.abs().sort(descending=True).values, largest)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 0.9])
+def test_a_threshold_that_is_too_low_does_not_prefer_positions(monkeypatch, factor: float) -> None:
+    """Far more than k are above it: what is cut is cut by magnitude, wherever it stands."""
+    x = sample(5000)
+    x = x[x.abs().argsort()]  # the largest come last
+    largest = x.abs().sort(descending=True).values[:50]
+    monkeypatch.setattr(ops, "sample_threshold", lambda x, k, s: largest[-1] * factor)
+    indices, values = pairs(x, TopK(0.01, "sampled"))
+    assert torch.equal(values.abs().sort(descending=True).values, largest)
+    assert int(indices.min()) == 4950

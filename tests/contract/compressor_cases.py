@@ -28,6 +28,7 @@ class CompressorCase:
         contraction: upper bound of |x - C(x)|^2 / |x|^2 (its mean, if C draws at random).
         error: upper bound of |x - C(x)| / max|x|, element by element.
         magnitudes: what is decoded grows with the input. A vote says +1 or -1, of zeros too.
+        averaged: ``combine`` is the mean over all ranks, the default of every compressor.
     """
 
     name: str
@@ -37,6 +38,7 @@ class CompressorCase:
     contraction: Bound | None = None
     error: float | None = None
     magnitudes: bool = True
+    averaged: bool = True
 
     def build(self) -> Compressor:
         return registry.lookup("compressor", self.name)(**self.fields)
@@ -125,6 +127,13 @@ _CASES = [
     CompressorCase("topk", {"density": 0.2, "values": "bf16"}, contraction=_kept(0.19)),
     CompressorCase("topk", {"density": 0.2, "values": "fp16"}, contraction=_kept(0.19)),
     CompressorCase("topk", {"density": 1.0}, error=0.0),
+    CompressorCase("topk", {"density": 0.01, "warmup_steps": 8}, contraction=_kept(0.01)),
+    # 4000 elements are tiles of 50
+    CompressorCase(
+        "dct_topk", {"top_k": 5, "values": "fp32"}, contraction=_kept(0.1), averaged=False
+    ),
+    CompressorCase("dct_topk", {"top_k": 8}, contraction=_kept(0.159), averaged=False),
+    CompressorCase("dct_topk", {"top_k": 50, "values": "fp32"}, error=0.0),  # would not shrink
     CompressorCase("randomk", {"density": 0.1}, contraction=_kept(0.09)),
     CompressorCase("randomk", {"density": 0.1, "unbiased": True}, unbiased=True),
 ]

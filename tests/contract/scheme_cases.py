@@ -19,7 +19,7 @@ from commkit.compressors import SignVote
 from commkit.feedback import ErrorFeedback
 from commkit.metrics import StepStats
 from commkit.reducer import Reducer
-from commkit.schemes import make_reducer
+from commkit.schemes import make_scheme
 from commkit.sim import ThreadComm, run_threads
 from commkit.types import Aggregated, Comm, StateDict, TensorCtx
 from tests.named_schemes import REDUCERS
@@ -75,6 +75,14 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "local_size": 1,
         "scheme": {"name": "sign", "min_numel": 0},
     },
+    "ef21-all": {"name": "ef21", "density": 0.1, "min_numel": 0},
+    "ef21-momentum": {"name": "ef21", "density": 0.1, "momentum": 0.1, "min_numel": 0},
+    "econtrol-all": {"name": "econtrol", "density": 0.1, "min_numel": 0},
+    "econtrol-strong": {"name": "econtrol", "density": 0.1, "eta": 0.5, "min_numel": 0},
+    "dgc-all": {"name": "dgc", "density": 0.1, "min_numel": 0, "min_ndim": 0},
+    "dgc-warmup": {"name": "dgc", "density": 0.01, "warmup_steps": 8, "values": "bf16"},
+    "dgc-nesterov": {"name": "dgc", "density": 0.1, "nesterov": True, "masking": False},
+    "demo-all": {"name": "demo", "top_k": 4, "chunk": 16, "min_numel": 0, "min_ndim": 0},
     "sign-gathered": composed("all_gather", {"name": "sign"}, EF),
     "cast-gathered": composed("all_gather", {"name": "cast"}, EF),
     "ternary": composed("two_shot", {"name": "ternary", "clip": 0.0}, "none"),
@@ -83,7 +91,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "two_shot", {"name": "topk", "density": 0.2}, EF, server_feedback=EF, granule=64
     ),
 }
-BLOCKS |= {name: {"name": name} for name in REDUCERS if name not in UNLAWFUL}
+BLOCKS |= {name: {"name": name} for name in (*REDUCERS, "dgc", "demo") if name not in UNLAWFUL}
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "matrix": (64, 48),
@@ -97,12 +105,14 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def build(case: str) -> Reducer:
-    return make_reducer(BLOCKS[case])
-
-
-def keeps_all(case: str) -> bool:
-    """Whether what is not sent is kept."""
-    return isinstance(build(case).feedback, ErrorFeedback)
+    """The case's reducer; if the scheme is an optimizer, that of one over parameters of SHAPES."""
+    made = make_scheme(BLOCKS[case])
+    if isinstance(made, Reducer):
+        return made
+    parameters = {key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in SHAPES.items()}
+    optimizer = made(parameters.values(), lr=0.1)
+    optimizer.bind(parameters, run_threads(lambda comm: comm, 1)[0])
+    return optimizer.reducer
 
 
 def votes(case: str) -> bool:
@@ -119,7 +129,21 @@ def between_nodes(case: str) -> Any:
     return aggregator.aggregator if isinstance(aggregator, Hierarchical) else aggregator
 
 
-WITH_FEEDBACK = [case for case in BLOCKS if keeps_all(case)]
+def keeps_all(case: str) -> bool:
+    """Whether plain error feedback keeps what is not sent."""
+    feedback = build(case).feedback
+    return isinstance(feedback, ErrorFeedback) and feedback.decay == 1
+
+
+WITH_FEEDBACK = [case for case in BLOCKS if build(case).feedback.needs_contraction]
+# What is not sent is kept, and nothing else happens to it: the sums of plain error feedback hold.
+CONSERVING = [case for case in BLOCKS if keeps_all(case)]
+# Results are means of messages: neither changes of an estimate, nor means of some ranks.
+AVERAGING = [
+    case
+    for case in BLOCKS
+    if not build(case).feedback.changes_mean and BLOCKS[case]["name"] != "demo"
+]
 
 
 def gradients(rank: int, step: int, dtype: torch.dtype = torch.float32) -> Tensors:

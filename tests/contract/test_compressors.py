@@ -120,7 +120,7 @@ def test_torchs_generator_is_not_touched(case: CompressorCase) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@every_compressor
+@pytest.mark.parametrize("case", [c for c in CASES if c.averaged], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_combine_is_the_mean_of_what_was_sent(case: CompressorCase, dtype) -> None:
     compressor = case.build()

@@ -10,7 +10,9 @@ from commkit.aggregators import Hierarchical, TwoShot
 from tests.named_schemes import REDUCERS
 
 from .scheme_cases import (
+    AVERAGING,
     BLOCKS,
+    CONSERVING,
     SHAPES,
     UNLAWFUL,
     WITH_FEEDBACK,
@@ -21,6 +23,7 @@ from .scheme_cases import (
 
 every_scheme = pytest.mark.parametrize("case", BLOCKS)
 with_feedback = pytest.mark.parametrize("case", WITH_FEEDBACK)
+conserving = pytest.mark.parametrize("case", CONSERVING)
 every_world = pytest.mark.parametrize("world_size", [1, 2, 3])
 
 # Float64 arithmetic on numbers of size 1 to 100: what is left is rounding.
@@ -59,7 +62,7 @@ def test_all_ranks_hold_the_same_bits(case: str, world_size: int) -> None:
 
 
 @every_world
-@with_feedback
+@conserving
 def test_a_rank_sends_or_keeps_everything(case: str, world_size: int) -> None:
     """Sum of sent + residual == sum of inputs."""
     for trace in traces(case, world_size):
@@ -69,7 +72,7 @@ def test_a_rank_sends_or_keeps_everything(case: str, world_size: int) -> None:
 
 
 @every_world
-@with_feedback
+@conserving
 def test_the_mean_gradient_arrives_or_is_kept(case: str, world_size: int) -> None:
     """Sum of results + mean residual + server residuals == sum of mean gradients."""
     ranks = traces(case, world_size)
@@ -81,7 +84,7 @@ def test_the_mean_gradient_arrives_or_is_kept(case: str, world_size: int) -> Non
 
 @every_world
 @pytest.mark.parametrize(
-    "case", [c for c in BLOCKS if not isinstance(build(c).aggregator, TwoShot | Hierarchical)]
+    "case", [c for c in AVERAGING if not isinstance(build(c).aggregator, TwoShot | Hierarchical)]
 )
 def test_one_stage_results_are_the_mean_of_what_was_sent(case: str, world_size: int) -> None:
     ranks = traces(case, world_size)
@@ -120,6 +123,6 @@ def test_something_is_kept(case: str) -> None:
 def test_only_compressed_tensors_have_state(case: str, world_size: int) -> None:
     for trace in traces(case, world_size):
         for name, value in trace.state.items():
-            key = name.rsplit("/", 1)[-1].partition("@")[0]
+            key = name.rsplit("/", 1)[-1].partition("@")[0].rpartition("::")[2]
             assert key in {*SHAPES, "step"}
             assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), name

@@ -10,7 +10,7 @@ import torch
 from commkit.schemes import make_reducer
 from commkit.sim import ThreadComm, run_threads
 
-from .scheme_cases import BLOCKS, SHAPES, VOTES, WITH_FEEDBACK, build, gradients, run
+from .scheme_cases import BLOCKS, CONSERVING, SHAPES, VOTES, build, gradients, run
 
 NEUTRAL = {
     "topk of all": {"name": "topk", "density": 1.0, "min_numel": 0},
@@ -60,7 +60,7 @@ def test_before_start_step_it_is_an_all_reduce(block) -> None:
 def lasting() -> list[str]:
     """Cases worth many steps: a bare name only where no setting of it is listed."""
     listed = {block["name"] for case, block in BLOCKS.items() if case != block["name"]}
-    return [case for case in WITH_FEEDBACK if case not in listed]
+    return [case for case in CONSERVING if case not in listed]
 
 
 @pytest.mark.parametrize("case", lasting())

@@ -13,6 +13,7 @@ from commkit.sim import ThreadComm, run_threads
 
 from .scheme_cases import (
     BLOCKS,
+    CONSERVING,
     SHAPES,
     VOTES,
     WITH_FEEDBACK,
@@ -144,7 +145,7 @@ def test_opposite_gradients(case: str) -> None:
     for key, shape in SHAPES.items():
         arrived = torch.stack([outs[key] for outs in ranks[0].outs])
         assert bool(arrived.isfinite().all())
-        if case in WITH_FEEDBACK:
+        if case in CONSERVING:
             left = arrived.sum(0) + mean_residual(ranks, key, torch.Size(shape))
             assert float(left.abs().max() if left.numel() else 0) < 1e-11, key
 

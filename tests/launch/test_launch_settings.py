@@ -46,6 +46,14 @@ def test_resolved_settings_read_back_as_the_same():
         ("schedule.warmup=500", ["schedule", "warmup=500", "shorter than length", "raise"]),
         ("schedule.min_lr=1.0", ["schedule", "min_lr", "1.0", "optim.lr", "lower"]),
         ("optim.lr=1e-4", ["min_lr", "0.0001", "optim.lr", "lower"]),
+        (
+            "scheme={name: dgc, warmup_steps: 300}",
+            ["scheme.warmup_steps", "shorter than the run", "300", "schedule.length=300", "lower"],
+        ),
+        (
+            "scheme={name: compose, aggregator: {compressor: {name: topk, warmup_steps: 400}}}",
+            ["scheme.warmup_steps", "400"],
+        ),
         ("scheme={rank: 4}", ["scheme", "name", "commkit schemes"]),
         ("tensorboard=1", ["tensorboard", "boolean"]),
     ],
@@ -54,6 +62,14 @@ def test_bad_settings_are_named(override, words):
     with pytest.raises(ConfigError) as raised:
         settings(override)
     assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_a_density_warm_up_counts_against_the_whole_run_not_against_where_it_stops():
+    dgc = "scheme={name: dgc, warmup_steps: 100}"
+    assert settings(dgc, "steps=5").scheme["warmup_steps"] == 100
+    assert settings(dgc, "schedule.length=50", "steps=400").steps == 400
+    with pytest.raises(ConfigError, match="shorter than the run"):
+        settings(dgc, "schedule.length=50", "steps=60")
 
 
 def test_several_faults_are_told_at_once():

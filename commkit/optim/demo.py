@@ -1,0 +1,126 @@
+"""DeMo: momentum that stays apart on every rank, of which only the strongest patterns are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..aggregators import AllGather
+from ..compressors import DCTTopK
+from ..feedback import ErrorFeedback
+from ..policy import Policy
+from ..types import Comm, TensorCtx
+from .base import CommOptimizer, OptimizerReducer, Parameters
+from .settings import require_at_least_zero, require_known
+
+_MOMENTUM = "momentum"
+
+
+@dataclass(frozen=True, slots=True)
+class WhereItShrinks(Policy):
+    """A policy that leaves dense what the compressor cannot make smaller."""
+
+    compressor: DCTTopK = field(default_factory=DCTTopK)
+
+    def compresses(self, ctx: TensorCtx) -> bool:
+        return Policy.compresses(self, ctx) and self.compressor.shrinks(ctx)
+
+
+class DeMo(CommOptimizer):
+    """Decoupled momentum (Peng, Quesnelle and Kingma 2024): ``m = decay m + g`` on each rank by itself; the
+    largest cosine coefficients q of each tile of m are taken out of it and sent, and
+    ``x = x (1 - lr lambda) - lr sign(mean q)``.
+
+    Backward leaves the mean of q in ``p.grad``; its size means nothing, so there is nothing to clip. Biases
+    and norms, and matrices whose coefficients would be no smaller, are all-reduced and take the sign of their
+    ordinary momentum (Signum). Messages go to every rank, so it is for at most about a hundred.
+
+    State: m, 4 bytes per parameter; different on every rank where compressed, equal where dense.
+
+    Differences from the paper: the gradient enters m with weight 1, which the sign makes the same as
+    ``1 - decay`` (second version) and as ``lr`` (public code) while the learning rate is constant. Dense
+    tensors as above. See also :class:`~commkit.compressors.DCTTopK`.
+
+    Args:
+        params: as for any optimizer; groups may set ``lr`` and ``weight_decay``.
+        lr: step of every element; about that of AdamW or a third of it. Needs a schedule to zero, as any
+            sign method.
+        weight_decay: decoupled.
+        decay: beta of the momentum.
+        top_k: coefficients of each tile; halve it as long as the loss follows.
+        chunk: largest side of a tile.
+        values: precision of what is sent; m keeps the rounding error.
+        sign: False applies means themselves: SGD without momentum, with error feedback that forgets, in the
+            cosine basis; to measure what the sign does. ``lr`` is then that of SGD.
+        min_numel: smaller tensors stay dense.
+        min_ndim: tensors with fewer dimensions stay dense; 2 keeps biases and norms out.
+        exclude: shell patterns of names that stay dense.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float,
+        weight_decay: float = 0.0,
+        decay: float = 0.999,
+        top_k: int = 32,
+        chunk: int = 64,
+        values: Literal["fp32", "bf16", "fp16"] = "bf16",
+        sign: bool = True,
+        min_numel: int = 1024,
+        min_ndim: int = 2,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        compressor = DCTTopK(top_k, chunk, values)
+        reducer = OptimizerReducer(
+            AllGather(compressor),
+            ErrorFeedback(decay),
+            WhereItShrinks(0, min_numel, min_ndim, exclude, compressor),
+        )
+        self.decay, self.sign = decay, sign
+        self.settings = {"sign": sign}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, reducer)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for any optimizer.
+
+        Raises:
+            ValueError: the group sets anything but ``lr`` and ``weight_decay``, or a negative one.
+        """
+        require_known(param_group, self.defaults, type(self).__name__)
+        require_at_least_zero({k: param_group.get(k, v) for k, v in self.defaults.items()})
+        super().add_param_group(param_group)
+
+    def outgoing(
+        self, named: dict[str, Tensor], compressed: Collection[str], comm: Comm
+    ) -> dict[str, Tensor]:
+        # A mean in half precision may be zero where the sign of the true one is not.
+        return {
+            key: x.to(torch.promote_types(x.dtype, torch.float32)) if key in compressed else x
+            for key, x in named.items()
+        }
+
+    def apply(self) -> None:
+        for name, p in self._parameters.items():
+            group, update = self._groups[name], self.arrived(name)
+            if self.sign:
+                dense = name not in self.reducer.compressed
+                update = (self._momentum(p, update) if dense else update).sign()
+            if group["weight_decay"]:
+                update = update + p.to(update.dtype) * group["weight_decay"]
+            p.add_(update, alpha=-group["lr"])
+
+    def _momentum(self, p: Tensor, x: Tensor) -> Tensor:
+        state: dict[str, Tensor] = self.state[p]
+        if _MOMENTUM in state:
+            state[_MOMENTUM].mul_(self.decay).add_(x)
+        else:
+            state[_MOMENTUM] = x.clone()
+        return state[_MOMENTUM]
