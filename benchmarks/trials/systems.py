@@ -64,7 +64,7 @@ SYSTEMS: tuple[System, ...] = (
     System("int4", {"name": "int4"}, USUAL),
     System("qsgd", {"name": "qsgd"}, USUAL, note="4 bits"),
     System("terngrad", {"name": "terngrad"}, "sgd"),
-    System("sign", {"name": "sign"}, USUAL, note="EF-signSGD"),
+    System("sign", {"name": "sign"}, "sgd", note="EF-signSGD"),
     System(
         "signsgd_vote",
         {"name": "signsgd_vote", "momentum": 0.9},
@@ -75,7 +75,7 @@ SYSTEMS: tuple[System, ...] = (
         note="own lr; momentum before the vote, none in SGD",
     ),
     System("topk", {"name": "topk", "density": 0.01}, "sgd"),
-    System("randomk", {"name": "randomk", "density": 0.01}, "sgd"),
+    System("randomk", {"name": "randomk", "density": 0.1}, "sgd"),
     System(
         "ef21",
         {"name": "ef21", "density": 0.1, "momentum": 0.1},

@@ -46,9 +46,9 @@ TASKS: Mapping[str, Size] = {
             "model": {"layers": 2, "heads": 4, "width": 64, "context": 64},
             "eval": {"batches": 16, "batch_size": 64},
         },
-        lr={"adamw": 4e-3, "sgd": 0.3},
+        lr={"adamw": 3e-3, "sgd": 0.3},
         sweep={
-            "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+            "adamw": (1e-3, 2e-3, 3e-3, 4e-3, 8e-3),
             "sgd": (0.1, 0.2, 0.3, 0.4, 0.8),
         },
         figure="val_loss",
