@@ -51,6 +51,9 @@ CLAIMS: dict[str, tuple[dict[str, Any], _Claim]] = {
     "dgc": ({}, lambda w, q: 8.0),
     "dgc with weight decay": ({}, lambda w, q: 12.0),
     "demo": ({}, lambda w, q: 4.0),
+    "onebit_adam": ({"freeze_step": 1}, lambda w, q: 12 + 4 / w),
+    "onebit_lamb": ({"freeze_step": 1}, lambda w, q: 16 + 4 / w),
+    "zero_one_adam": ({"var_freeze_step": 1}, lambda w, q: 20 + 4 / w),
 }
 WITH_DECAY = "dgc with weight decay"
 
@@ -78,7 +81,8 @@ def _one(rank: int, world_size: int, name: str, steps: int) -> dict[str, Any]:
     if isinstance(made, OptimizerScheme):
         names = handle.reducer.compressed
         compressed = [p for name, p in run.ddp.module.named_parameters() if name in names]
-        tensors += [x for p in compressed for x in run.optimizer.state.get(p, {}).values()]
+        kept = (x for p in compressed for x in run.optimizer.state.get(p, {}).values())
+        tensors += [x for x in kept if isinstance(x, torch.Tensor)]
     state_bytes = sum(x.numel() * x.element_size() for x in tensors)
     handle.close()
     per = max(parameters, 1)

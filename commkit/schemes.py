@@ -346,7 +346,7 @@ def zero_one_adam(
 ) -> OptimizerScheme:
     """0/1 Adam (Lu et al. 2022): signs from the first step on, and ever fewer synchronisations.
 
-    For links whose latency hurts. 20 bytes of state per parameter, and residuals of 4 + 4/W.
+    For links whose latency hurts. 16 bytes of state per parameter, and residuals of 4 + 4/W.
 
     Args: those of :class:`~commkit.optim.ZeroOneAdam`, which it builds.
     """

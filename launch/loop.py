@@ -189,7 +189,11 @@ class Trainer:
         """Continue from the newest complete checkpoint of the run, or from the start."""
         newest = commkit.checkpoint.latest(self.run.checkpoints)
         if newest is not None:
-            commkit.checkpoint.load(newest, **self.checkpoint_contents())
+            commkit.checkpoint.load(
+                newest,
+                **self.checkpoint_contents(),
+                on_resize=self.settings.checkpoint.on_world_size_change,
+            )
 
     def checkpoint_contents(self) -> dict[str, Any]:
         return {

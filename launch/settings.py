@@ -97,6 +97,8 @@ class BatchSettings(Section):
 
 class CheckpointSettings(Section):
     every: NonNegativeInt = 25  # steps; 0 saves at the end only
+    # At --resume with another number of ranks: all start from the mean residual, or refuse.
+    on_world_size_change: Literal["mean", "error"] = "mean"
 
 
 class EvalSettings(Section):

@@ -141,7 +141,7 @@ SYSTEMS: tuple[System, ...] = (
         "demo",
         {"name": "demo"},
         "adamw",
-        lr=_SIGN_LR,
+        lr={"gpt": 4e-3, "digits": 4e-3},
         sweep=_SIGN_SWEEP,
         note="own lr; not an Adam: the update is a sign",
     ),

@@ -50,7 +50,8 @@ class ZeroOneAdam(CommOptimizer):
 
     Between synchronisations the ranks' parameters differ a little; they are equal bits after each.
     A rank whose gradient is not finite leaves out its local step. Weight decay is decoupled, and does not
-    enter u. Memory: 20 bytes per parameter (m, D, u, x_0, and v until the switch), and residuals of 4 + 4/W.
+    enter u. Memory: 16 bytes per parameter (m, D, u, x_0; before the switch 12: m, v, D), and residuals of
+    4 + 4/W.
     Not for GradScaler (its scale would differ between ranks) nor ZeroRedundancyOptimizer.
 
     Args:

@@ -190,6 +190,20 @@ def test_another_run_is_not_resumed(launcher, unbroken):
     assert re.search(r"--resume: optim is .*0\.5.*, but the run in .* has .*0\.002", output)
 
 
+def test_another_number_of_ranks_can_be_refused(launcher, unbroken):
+    process = launcher.start(
+        "powersgd",
+        unbroken,
+        "--resume",
+        ranks=1,
+        **SETTINGS,
+        checkpoint__on_world_size_change="error",
+    )
+    output = launcher.finish(process)
+    assert process.returncode == 2
+    assert re.search(r"was saved by 2 ranks and this job has 1; start 2", output)
+
+
 @pytest.mark.timeout(300)
 def test_every_recipe_trains(launcher, tmp_path):
     program = [str(ROOT / "tests" / "launch" / "every_recipe.py"), str(tmp_path)]

@@ -149,6 +149,14 @@ def test_bytes_are_one_bit_per_element_each_way(world_size: int) -> None:
         assert compressed <= dense / 32 * (1 + 4096 * world_size / numel) + overhead
 
 
+def test_a_run_with_a_short_warm_up_sends_a_fifth() -> None:
+    """15 % of 40 steps are dense: 1 / (0.15 + 0.85 / 32) = 5.7 times fewer bytes in all."""
+    shapes = {"big": (512, 300)}
+    ranks = run(make(freeze_step=6), 2, 40, shapes=shapes)
+    dense = 40 * 4 * 512 * 300
+    assert ranks[0].comm.bytes.wire_bytes <= dense / 5
+
+
 def test_coordinates_without_gradient_never_move() -> None:
     """Signs cannot say zero: half of the matrix never gets a gradient, and must not drift."""
 
