@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from commkit.aggregators import TwoShot
+from commkit.aggregators import TernGrad, TwoShot
 from commkit.reducer import Reducer
 from commkit.sim import ThreadComm, run_threads
 
@@ -151,7 +151,7 @@ def test_opposite_gradients(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in BLOCKS if not isinstance(between_nodes(case), TwoShot)]
+    "case", [case for case in BLOCKS if not isinstance(between_nodes(case), TwoShot | TernGrad)]
 )
 def test_equal_gradients_need_no_averaging(case: str) -> None:
     """Two equal ranks get what one alone would. (Two-shot cuts tensors into as many shards as there are
