@@ -75,6 +75,16 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "local_size": 1,
         "scheme": {"name": "sign", "min_numel": 0},
     },
+    "nodes-econtrol": {
+        "name": "hierarchical",
+        "local_size": 1,
+        "scheme": {"name": "econtrol", "density": 0.1, "min_numel": 0},
+    },
+    "nodes-dgc": {
+        "name": "hierarchical",
+        "local_size": 1,
+        "scheme": {"name": "dgc", "density": 0.1, "min_numel": 0, "min_ndim": 0},
+    },
     "ef21-all": {"name": "ef21", "density": 0.1, "min_numel": 0},
     "ef21-momentum": {"name": "ef21", "density": 0.1, "momentum": 0.1, "min_numel": 0},
     "econtrol-all": {"name": "econtrol", "density": 0.1, "min_numel": 0},
