@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -32,7 +32,7 @@ check: venv
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 	@if command -v clang-format >/dev/null && ls csrc/*.cpp >/dev/null 2>&1; then \
-	    clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu'); fi
+	    clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu'); fi
 
 bench: venv
 	$(PY) benchmarks/run_all.py $(ARGS)
