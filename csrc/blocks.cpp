@@ -44,8 +44,10 @@ void ck_quantize_blocks(const void *x, int dtype, int64_t n, int bits, int64_t b
 }
 
 void ck_sum_blocks(float *out, int64_t n, const uint8_t *const *codes, const float *const *scales,
-                   int rows, int bits, int64_t block_size, int accumulate, int threads) {
+                   int rows, int bits, int64_t block_size, int divisor, int accumulate,
+                   int threads) {
   const Table &t = table();
+  const auto share = static_cast<float>(divisor);
   const int64_t blocks = (n + block_size - 1) / block_size;
   const auto piece = [&](int64_t block, int64_t at, int64_t count) {
     alignas(32) float sum[kChunk];
@@ -57,7 +59,7 @@ void ck_sum_blocks(float *out, int64_t n, const uint8_t *const *codes, const flo
         t.unpack_nibbles(codes[r] + at / 2, count, buffer);
         own = buffer;
       }
-      (r == 0 ? t.scale_codes : t.add_scaled_codes)(own, count, scales[r][block], to);
+      (r == 0 ? t.scale_codes : t.add_scaled_codes)(own, count, scales[r][block], share, to);
     }
     if (accumulate)
       t.add(sum, count, out + at);

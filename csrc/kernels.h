@@ -39,10 +39,11 @@ COMMKIT_API void ck_quantize_blocks(const void *x, int dtype, int64_t n, int bit
                                     int64_t block_size, const uint32_t *keys, uint8_t *codes,
                                     float *scales, int threads);
 
-// As ck_sum_signs, with codes of blocks; scales[r] has one float per block.
+// As ck_sum_signs, with codes of blocks, each of which is divided by divisor; scales[r] has one
+// float per block.
 COMMKIT_API void ck_sum_blocks(float *out, int64_t n, const uint8_t *const *codes,
                                const float *const *scales, int rows, int bits, int64_t block_size,
-                               int accumulate, int threads);
+                               int divisor, int accumulate, int threads);
 
 COMMKIT_API void ck_uniform_noise(float *out, int64_t n, const uint32_t *keys, int threads);
 

@@ -158,14 +158,25 @@ COMMKIT_INLINE void unpack_nibbles(const uint8_t *packed, int64_t n, int8_t *cod
     codes[n - 1] = static_cast<int8_t>((packed[n / 2] & 15) - 8);
 }
 
-COMMKIT_INLINE void scale_codes(const int8_t *codes, int64_t n, float scale, float *out) {
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = static_cast<float>(codes[i]) * scale;
+// Dividing by 1 changes nothing but takes its time.
+COMMKIT_INLINE void scale_codes(const int8_t *codes, int64_t n, float scale, float divisor,
+                                float *out) {
+  if (divisor == 1)
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = static_cast<float>(codes[i]) * scale;
+  else
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = static_cast<float>(codes[i]) * scale / divisor;
 }
 
-COMMKIT_INLINE void add_scaled_codes(const int8_t *codes, int64_t n, float scale, float *out) {
-  for (int64_t i = 0; i < n; ++i)
-    out[i] += static_cast<float>(codes[i]) * scale;
+COMMKIT_INLINE void add_scaled_codes(const int8_t *codes, int64_t n, float scale, float divisor,
+                                     float *out) {
+  if (divisor == 1)
+    for (int64_t i = 0; i < n; ++i)
+      out[i] += static_cast<float>(codes[i]) * scale;
+  else
+    for (int64_t i = 0; i < n; ++i)
+      out[i] += static_cast<float>(codes[i]) * scale / divisor;
 }
 
 COMMKIT_INLINE void add(const float *x, int64_t n, float *out) {

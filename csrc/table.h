@@ -25,9 +25,9 @@ struct Table {
                          uint32_t first, int8_t *codes);
   void (*pack_nibbles)(const int8_t *codes, int64_t n, uint8_t *packed);
   void (*unpack_nibbles)(const uint8_t *packed, int64_t n, int8_t *codes);
-  // out = code * scale, or out += code * scale.
-  void (*scale_codes)(const int8_t *codes, int64_t n, float scale, float *out);
-  void (*add_scaled_codes)(const int8_t *codes, int64_t n, float scale, float *out);
+  // out = code * scale / divisor, or out += that.
+  void (*scale_codes)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
+  void (*add_scaled_codes)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
   void (*add)(const float *x, int64_t n, float *out);
 
   void (*noise)(const uint32_t *keys, uint32_t first, int64_t n, float *out);

@@ -62,6 +62,11 @@ class ErrorFeedback:
             return torch.add(residual, x)
         return torch.add(x, residual, alpha=self.decay)
 
+    def compensate_(self, x: Tensor, key: str) -> Tensor:
+        """:meth:`compensate` in the memory of ``x``, which is the caller's own and of the work dtype."""
+        residual = self._residuals.get_like(key, x, "residual")
+        return x if residual is None else x.add_(residual, alpha=self.decay)
+
     def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
         """Stage ``e = compensated - sent``, in the memory of ``compensated``. ``sent is compensated``
         says that nothing was lost; then no residual is kept."""

@@ -11,17 +11,24 @@ from torch import Tensor
 def check_sign_rows(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
     _check_out(out)
     _check_rows("bits", bits, -(-out.numel() // 8), torch.uint8)
-    _check("scales", scales, len(bits), torch.float32)
+    _check("scales", scales, len(bits), out.dtype)
 
 
 def check_block_rows(
-    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], bits: int, block_size: int
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
 ) -> None:
     _check_out(out)
     if bits not in (4, 8):
         raise ValueError(f"bits={bits} must be 4 or 8")
     if block_size < 1:
         raise ValueError(f"block_size={block_size} must be at least 1")
+    if not 1 <= divisor < 2**24:  # beyond, float32 does not have every whole number
+        raise ValueError(f"divisor={divisor} must be at least 1 and below 2^24")
     n = out.numel()
     _check_rows("codes", codes, n if bits == 8 else -(-n // 2), torch.uint8)
     _check_rows("scales", scales, -(-n // block_size), torch.float32)

@@ -99,13 +99,18 @@ def _fake_in_place(*arguments: Any) -> None:
     return None
 
 
+_SUM_SIGNS = "(Tensor(a!) out, Tensor[] bits, Tensor scales) -> ()"
+_SUM_BLOCKS = (
+    "(Tensor(a!) out, Tensor[] codes, Tensor[] scales, int bits, int block_size, int divisor) -> ()"
+)
+
 OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "uniform_noise": ("(SymInt numel, int seed, Device device) -> Tensor", _fake_uniform_noise),
     "pack_signs": ("(Tensor x) -> Tensor", _fake_pack_signs),
     "unpack_signs": ("(Tensor bits, SymInt numel, ScalarType dtype) -> Tensor", _fake_unpack),
     "encode_signs": ("(Tensor x) -> (Tensor, Tensor)", _fake_encode_signs),
-    "write_signs_": ("(Tensor(a!) out, Tensor[] bits, Tensor scales) -> ()", _fake_in_place),
-    "accumulate_signs_": ("(Tensor(a!) out, Tensor[] bits, Tensor scales) -> ()", _fake_in_place),
+    "write_signs_": (_SUM_SIGNS, _fake_in_place),
+    "accumulate_signs_": (_SUM_SIGNS, _fake_in_place),
     "ternarize": ("(Tensor x, Tensor scale, int seed) -> Tensor", _fake_ternarize),
     "pack_ternary": ("(Tensor codes) -> Tensor", _fake_pack_ternary),
     "unpack_ternary": ("(Tensor packed, SymInt numel, ScalarType dtype) -> Tensor", _fake_unpack),
@@ -119,14 +124,8 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor codes, Tensor scales, SymInt numel, int bits, int block_size) -> Tensor",
         _fake_dequantize_blocks,
     ),
-    "write_blocks_": (
-        "(Tensor(a!) out, Tensor[] codes, Tensor[] scales, int bits, int block_size) -> ()",
-        _fake_in_place,
-    ),
-    "accumulate_blocks_": (
-        "(Tensor(a!) out, Tensor[] codes, Tensor[] scales, int bits, int block_size) -> ()",
-        _fake_in_place,
-    ),
+    "write_blocks_": (_SUM_BLOCKS, _fake_in_place),
+    "accumulate_blocks_": (_SUM_BLOCKS, _fake_in_place),
     "quantize_buckets": (
         "(Tensor x, int levels, int bucket_size, bool l2, int seed) -> (Tensor, Tensor)",
         _fake_quantize_buckets,

@@ -41,7 +41,7 @@ def write_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
     Args:
         out: (n,) of floats.
         bits: one or more results of :func:`pack_signs` of n elements.
-        scales: float32, one for each.
+        scales: one for each, of the dtype of ``out``.
 
     Raises:
         TypeError, ValueError: a wrong dtype or size; the message names the argument.
@@ -113,9 +113,14 @@ def dequantize_blocks(
 
 
 def write_blocks_(
-    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], bits: int, block_size: int
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
 ) -> None:
-    """``out = sum_i dequantize_blocks(codes[i], scales[i])`` in place, added up in this order.
+    """``out = sum_i dequantize_blocks(codes[i], scales[i]) / divisor`` in place, added up in this order.
 
     Args:
         out: (n,) of floats.
@@ -125,17 +130,22 @@ def write_blocks_(
     Raises:
         TypeError, ValueError: a wrong dtype or size; the message names the argument.
     """
-    check_block_rows(out, codes, scales, bits, block_size)
-    _ops.write_blocks_(out, codes, scales, bits, block_size)
+    check_block_rows(out, codes, scales, bits, block_size, divisor)
+    _ops.write_blocks_(out, codes, scales, bits, block_size, divisor)
 
 
 def accumulate_blocks_(
-    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], bits: int, block_size: int
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
 ) -> None:
-    """``out += sum_i dequantize_blocks(codes[i], scales[i])``, otherwise as :func:`write_blocks_`. The sum
+    """``out += sum_i dequantize_blocks(codes[i], scales[i]) / divisor``, otherwise as :func:`write_blocks_`. The sum
     is formed first."""
-    check_block_rows(out, codes, scales, bits, block_size)
-    _ops.accumulate_blocks_(out, codes, scales, bits, block_size)
+    check_block_rows(out, codes, scales, bits, block_size, divisor)
+    _ops.accumulate_blocks_(out, codes, scales, bits, block_size, divisor)
 
 
 def quantize_buckets(

@@ -24,7 +24,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
         None,
     ),
     "ck_sum_blocks": (
-        [_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int64, c_int, c_int],
+        [_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int64, c_int, c_int, c_int],
         None,
     ),
     "ck_uniform_noise": ([_POINTER, c_int64, _POINTER, c_int], None),

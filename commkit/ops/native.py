@@ -195,10 +195,11 @@ def _sum_blocks(
     scales: Sequence[Tensor],
     bits: int,
     block_size: int,
+    divisor: int,
     accumulate: bool,
 ) -> bool:
     n = out.numel()
-    if block_size < 1 or bits not in (4, 8) or (bits == 4 and block_size % 2):
+    if min(block_size, divisor) < 1 or bits not in (4, 8) or (bits == 4 and block_size % 2):
         return False
     size, blocks = (n if bits == 8 else (n + 1) // 2), (n + block_size - 1) // block_size
     if not (
@@ -216,6 +217,7 @@ def _sum_blocks(
         len(codes),
         bits,
         block_size,
+        divisor,
         accumulate,
         torch.get_num_threads(),
     )
@@ -224,20 +226,30 @@ def _sum_blocks(
 
 @_kernel()
 def write_blocks_(
-    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], bits: int, block_size: int
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
 ) -> None:
     """float32; at 4 bits blocks of an even size."""
-    if not _sum_blocks(out, codes, scales, bits, block_size, False):
-        reference.write_blocks_(out, codes, scales, bits, block_size)
+    if not _sum_blocks(out, codes, scales, bits, block_size, divisor, False):
+        reference.write_blocks_(out, codes, scales, bits, block_size, divisor)
 
 
 @_kernel()
 def accumulate_blocks_(
-    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], bits: int, block_size: int
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
 ) -> None:
     """float32; at 4 bits blocks of an even size."""
-    if not _sum_blocks(out, codes, scales, bits, block_size, True):
-        reference.accumulate_blocks_(out, codes, scales, bits, block_size)
+    if not _sum_blocks(out, codes, scales, bits, block_size, divisor, True):
+        reference.accumulate_blocks_(out, codes, scales, bits, block_size, divisor)
 
 
 @_kernel()
@@ -246,7 +258,7 @@ def dequantize_blocks(
 ) -> Tensor:
     """At 4 bits blocks of an even size."""
     out = torch.empty(numel)
-    if _sum_blocks(out, [codes], [scales], bits, block_size, False):
+    if _sum_blocks(out, [codes], [scales], bits, block_size, 1, False):
         return out
     return reference.dequantize_blocks(codes, scales, numel, bits, block_size)
 

@@ -181,26 +181,41 @@ def dequantize_blocks(
 
 
 def _sum_blocks(
-    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], bits: int, block_size: int
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
 ) -> Tensor:
-    total = dequantize_blocks(codes[0], scales[0], out.numel(), bits, block_size)
+    total = dequantize_blocks(codes[0], scales[0], out.numel(), bits, block_size).div_(divisor)
     for row, own in zip(codes[1:], scales[1:], strict=True):
-        total = total + dequantize_blocks(row, own, out.numel(), bits, block_size)
+        total.add_(dequantize_blocks(row, own, out.numel(), bits, block_size).div_(divisor))
     return total
 
 
 def write_blocks_(
-    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], bits: int, block_size: int
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
 ) -> None:
-    """``out`` = the sum of what the rows stand for, added up in float32 and in this order."""
-    out.copy_(_sum_blocks(out, codes, scales, bits, block_size))
+    """``out`` = the sum of what the rows stand for, each divided by ``divisor``, added up in float32 and in this order."""
+    out.copy_(_sum_blocks(out, codes, scales, bits, block_size, divisor))
 
 
 def accumulate_blocks_(
-    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], bits: int, block_size: int
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
 ) -> None:
     """``out`` += the sum of what the rows stand for; the sum is formed first."""
-    out.add_(_sum_blocks(out, codes, scales, bits, block_size))
+    out.add_(_sum_blocks(out, codes, scales, bits, block_size, divisor))
 
 
 def _scale_blocks(values: Tensor, scales: Tensor, block_size: int) -> Tensor:

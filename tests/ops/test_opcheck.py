@@ -23,7 +23,11 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "encode_signs": [(FLOATS,), (FLOATS[:9].double(),), (FLOATS[:0],), (FLOATS.bfloat16(),)],
     **{
         name: [
-            (torch.ones(9, dtype=dtype), [ops.pack_signs(FLOATS[:9])] * rows, FLOATS[:rows])
+            (
+                torch.ones(9, dtype=dtype),
+                [ops.pack_signs(FLOATS[:9])] * rows,
+                FLOATS[:rows].to(dtype),
+            )
             for rows, dtype in ((1, torch.float32), (3, torch.float32), (2, torch.float64))
         ]
         for name in ("write_signs_", "accumulate_signs_")
@@ -57,7 +61,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     ],
     **{
         name: [
-            (torch.ones(1000), *([part] * 2 for part in quantized), bits, 64)
+            (torch.ones(1000), *([part] * 2 for part in quantized), bits, 64, 3)
             for bits in (4, 8)
             for quantized in [ops.quantize_blocks(FLOATS, bits, 64, False, 0)]
         ]
