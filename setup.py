@@ -26,8 +26,8 @@ if MODE not in MODES:
     sys.exit(f"COMMKIT_NATIVE={MODE!r} must be one of {', '.join(MODES)}")
 
 # Contraction would make results depend on whether the processor has fused multiply-add.
-COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=off"]
-COMPILE += ["-fvisibility=hidden", "-pthread"]
+COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE += ["-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
 LINK = ["-pthread"]
 if sys.platform.startswith("linux"):
     LINK += ["-static-libstdc++", "-static-libgcc"]

@@ -25,6 +25,9 @@ COMMKIT_API int ck_interface();
 COMMKIT_API int ck_select_level(const char *name);
 COMMKIT_API const char *ck_level();
 
+// Asks for huge pages under memory that has not been written yet.
+COMMKIT_API void ck_prefer_huge_pages(void *start, int64_t bytes);
+
 // bits: (n + 7) / 8 bytes. l1: the sum of |x|; null if not wanted.
 COMMKIT_API void ck_encode_signs(const void *x, int dtype, int64_t n, uint8_t *bits, double *l1,
                                  int threads);

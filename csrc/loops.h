@@ -104,44 +104,42 @@ COMMKIT_INLINE void noise(const uint32_t *keys, uint32_t first, int64_t n, float
     out[i] = uniform(first + static_cast<uint32_t>(i), k0, k1);
 }
 
-// NaN becomes 0, as torch's conversion to int8 makes it.
-COMMKIT_INLINE int8_t to_code(float y, float top) {
+// To at most `top` either way, which is a whole number: rounding afterwards gives what clamping
+// afterwards would. NaN becomes 0, as torch's conversion to int8 makes it.
+COMMKIT_INLINE float clamped(float y, float top) {
   y = y > top ? top : y;
   y = y < -top ? -top : y;
-  y = y == y ? y : 0.0f;
-  return static_cast<int8_t>(static_cast<int32_t>(y));
+  return y == y ? y : 0.0f;
 }
 
-// Round half to even, and floor, without the library: |y| <= 2^22 here, or it is clamped or NaN
-// anyway.
-constexpr float kShift = 0x1.8p23f;
-
+// Half to even, for |y| < 2^22.
 COMMKIT_INLINE float nearest(float y) {
-  const float whole = (y + kShift) - kShift;
-  return std::fabs(y) < 0x1p22f ? whole : y;
+  constexpr float kShift = 0x1.8p23f;
+  return (y + kShift) - kShift;
 }
 
-COMMKIT_INLINE float floor_of(float y) {
-  const float whole = nearest(y);
-  return whole > y ? whole - 1.0f : whole;
-}
-
-COMMKIT_INLINE void round_nearest(const float *x, int64_t n, float inverse, float top,
-                                  int8_t *codes) {
-  for (int64_t i = 0; i < n; ++i)
-    codes[i] = to_code(nearest(x[i] * inverse), top);
-}
-
-COMMKIT_INLINE void round_randomly(const float *x, int64_t n, float inverse, float top,
-                                   const uint32_t *keys, uint32_t first, int8_t *codes) {
-  const uint32_t k0 = keys[0], k1 = keys[1];
+COMMKIT_INLINE void round_nearest(const float *__restrict x, int64_t n, float inverse, float top,
+                                  int8_t *__restrict codes) {
   for (int64_t i = 0; i < n; ++i) {
-    const float y = x[i] * inverse + uniform(first + static_cast<uint32_t>(i), k0, k1);
-    codes[i] = to_code(floor_of(y), top);
+    const float y = nearest(clamped(x[i] * inverse, top));
+    codes[i] = static_cast<int8_t>(static_cast<int32_t>(y));
   }
 }
 
-COMMKIT_INLINE void pack_nibbles(const int8_t *codes, int64_t n, uint8_t *packed) {
+COMMKIT_INLINE void round_randomly(const float *__restrict x, int64_t n, float inverse, float top,
+                                   const uint32_t *keys, uint32_t first, int8_t *__restrict codes) {
+  const uint32_t k0 = keys[0], k1 = keys[1];
+  for (int64_t i = 0; i < n; ++i) {
+    const float u = uniform(first + static_cast<uint32_t>(i), k0, k1);
+    const float y = clamped(x[i] * inverse + u, top);
+    // Down: conversion cuts towards zero.
+    const auto cut = static_cast<int32_t>(y);
+    codes[i] = static_cast<int8_t>(cut - (static_cast<float>(cut) > y));
+  }
+}
+
+COMMKIT_INLINE void pack_nibbles(const int8_t *__restrict codes, int64_t n,
+                                 uint8_t *__restrict packed) {
   for (int64_t j = 0; j < n / 2; ++j)
     packed[j] =
         static_cast<uint8_t>(((codes[2 * j] + 8) & 15) | ((codes[2 * j + 1] + 8) & 15) << 4);
@@ -149,7 +147,8 @@ COMMKIT_INLINE void pack_nibbles(const int8_t *codes, int64_t n, uint8_t *packed
     packed[n / 2] = static_cast<uint8_t>((codes[n - 1] + 8) & 15);
 }
 
-COMMKIT_INLINE void unpack_nibbles(const uint8_t *packed, int64_t n, int8_t *codes) {
+COMMKIT_INLINE void unpack_nibbles(const uint8_t *__restrict packed, int64_t n,
+                                   int8_t *__restrict codes) {
   for (int64_t j = 0; j < n / 2; ++j) {
     codes[2 * j] = static_cast<int8_t>((packed[j] & 15) - 8);
     codes[2 * j + 1] = static_cast<int8_t>((packed[j] >> 4) - 8);
@@ -159,8 +158,8 @@ COMMKIT_INLINE void unpack_nibbles(const uint8_t *packed, int64_t n, int8_t *cod
 }
 
 // Dividing by 1 changes nothing but takes its time.
-COMMKIT_INLINE void scale_codes(const int8_t *codes, int64_t n, float scale, float divisor,
-                                float *out) {
+COMMKIT_INLINE void scale_codes(const int8_t *__restrict codes, int64_t n, float scale,
+                                float divisor, float *__restrict out) {
   if (divisor == 1)
     for (int64_t i = 0; i < n; ++i)
       out[i] = static_cast<float>(codes[i]) * scale;
@@ -169,8 +168,8 @@ COMMKIT_INLINE void scale_codes(const int8_t *codes, int64_t n, float scale, flo
       out[i] = static_cast<float>(codes[i]) * scale / divisor;
 }
 
-COMMKIT_INLINE void add_scaled_codes(const int8_t *codes, int64_t n, float scale, float divisor,
-                                     float *out) {
+COMMKIT_INLINE void add_scaled_codes(const int8_t *__restrict codes, int64_t n, float scale,
+                                     float divisor, float *__restrict out) {
   if (divisor == 1)
     for (int64_t i = 0; i < n; ++i)
       out[i] += static_cast<float>(codes[i]) * scale;
@@ -184,8 +183,8 @@ COMMKIT_INLINE void add(const float *x, int64_t n, float *out) {
     out[i] += x[i];
 }
 
-COMMKIT_INLINE void ternarize(const float *x, int64_t n, float divisor, const uint32_t *keys,
-                              uint32_t first, int8_t *codes) {
+COMMKIT_INLINE void ternarize(const float *__restrict x, int64_t n, float divisor,
+                              const uint32_t *keys, uint32_t first, int8_t *__restrict codes) {
   const uint32_t k0 = keys[0], k1 = keys[1];
   for (int64_t i = 0; i < n; ++i) {
     const bool kept = uniform(first + static_cast<uint32_t>(i), k0, k1) < std::fabs(x[i]) / divisor;
@@ -194,7 +193,8 @@ COMMKIT_INLINE void ternarize(const float *x, int64_t n, float divisor, const ui
   }
 }
 
-COMMKIT_INLINE void pack_ternary(const int8_t *codes, int64_t n, uint8_t *packed) {
+COMMKIT_INLINE void pack_ternary(const int8_t *__restrict codes, int64_t n,
+                                 uint8_t *__restrict packed) {
   const int64_t whole = n / 4;
   for (int64_t j = 0; j < whole; ++j) {
     const int8_t *c = codes + 4 * j;
@@ -209,7 +209,8 @@ COMMKIT_INLINE void pack_ternary(const int8_t *codes, int64_t n, uint8_t *packed
   }
 }
 
-COMMKIT_INLINE void unpack_ternary(const uint8_t *packed, int64_t n, float *out) {
+COMMKIT_INLINE void unpack_ternary(const uint8_t *__restrict packed, int64_t n,
+                                   float *__restrict out) {
   for (int64_t j = 0; j < n / 4; ++j)
     for (int k = 0; k < 4; ++k)
       out[4 * j + k] = static_cast<float>(((packed[j] >> (2 * k)) & 3) - 1);

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops import empty
 from ..types import Aggregated, Compressor, Payload, TensorCtx
 
 
@@ -63,7 +64,7 @@ class Decoded(Aggregated):
         return x.dtype == self._ctx.work_dtype and x.is_contiguous()
 
     def _form_mean(self) -> Tensor:
-        mean = torch.empty(self._ctx.shape, dtype=self._ctx.work_dtype, device=self._ctx.device)
+        mean = empty(self._ctx.shape, self._ctx.work_dtype, self._ctx.device)
         self.mean_into(mean)
         return mean
 

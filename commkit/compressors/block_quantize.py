@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from .. import ops
@@ -55,7 +54,7 @@ class BlockQuantize(Compressor):
         return self.combine([payload], ctx)
 
     def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
-        out = torch.empty(ctx.numel, dtype=ctx.work_dtype, device=ctx.device)
+        out = ops.empty((ctx.numel,), ctx.work_dtype, ctx.device)
         self.combine_into(out, payloads, ctx)
         return out.view(ctx.shape)
 

@@ -50,7 +50,7 @@ class Sign(Compressor):
         return self.combine([payload], ctx)
 
     def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
-        out = torch.empty(ctx.numel, dtype=ctx.work_dtype, device=ctx.device)
+        out = ops.empty((ctx.numel,), ctx.work_dtype, ctx.device)
         self.combine_into(out, payloads, ctx)
         return out.view(ctx.shape)
 

@@ -81,11 +81,10 @@ def _largest(flat: Tensor, k: int) -> Tensor:
 
 
 def _largest_sampled(flat: Tensor, k: int, seed: int) -> Tensor:
-    magnitude = flat.abs()
     threshold = ops.sample_threshold(flat, k, seed)
     for _ in range(_TRIES):
-        selected = (magnitude >= threshold).nonzero().view(-1)
+        selected = ops.select_at_least(flat, threshold)
         if selected.numel() >= k:
-            return selected[_largest(magnitude[selected], k)]
+            return selected[_largest(flat[selected], k)]
         threshold = threshold * _LOWER
     return _largest(flat, k)

@@ -36,6 +36,7 @@ from .functions import (
     write_blocks_,
     write_signs_,
 )
+from .native import empty
 
 native.register()
 
@@ -47,6 +48,7 @@ __all__ = [
     "dequantize_blocks",
     "dequantize_codebook",
     "dequantize_natural",
+    "empty",
     "encode_signs",
     "pack_codes",
     "pack_nibbles",

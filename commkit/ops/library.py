@@ -17,6 +17,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "ck_interface": ([], c_int),
     "ck_select_level": ([c_char_p], c_int),
     "ck_level": ([], c_char_p),
+    "ck_prefer_huge_pages": ([_POINTER, c_int64], None),
     "ck_encode_signs": ([_POINTER, c_int, c_int64, _POINTER, POINTER(c_double), c_int], None),
     "ck_sum_signs": ([_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int], None),
     "ck_quantize_blocks": (

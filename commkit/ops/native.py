@@ -19,6 +19,8 @@ from .definitions import NAMESPACE
 from .library import load, select_level
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CPU = torch.device("cpu")
+_LARGE = 4 << 20  # bytes; two huge pages
 _KERNELS: dict[str, tuple[Callable[..., Any], str]] = {}
 _library: Any = None
 _problem = "not loaded"
@@ -60,6 +62,15 @@ def use_level(level: str) -> None:
     if _library is None:
         raise RuntimeError(f"no compiled kernels: {_problem}")
     select_level(_library, level)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.empty``, on huge pages where the system has some. The C library returns large blocks to the
+    system and gets them back page by page, at several times the cost of what is then written to them."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    if _library is not None and device.type == "cpu" and x.nbytes >= _LARGE:
+        _library.ck_prefer_huge_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 def _kernel(key: str = "CPU") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -149,7 +160,7 @@ def accumulate_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> No
 def unpack_signs(bits: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     """float32."""
     if dtype == torch.float32:
-        out = torch.empty(numel)
+        out = empty((numel,), torch.float32, _CPU)
         if _sum_signs(out, [bits], torch.ones(1), False):
             return out
     return reference.unpack_signs(bits, numel, dtype)
@@ -160,7 +171,7 @@ def uniform_noise(numel: int, seed: int, device: torch.device) -> Tensor:
     """Any length. There is no tensor to choose a kernel by, so this one chooses."""
     if device.type != "cpu":
         return reference.uniform_noise(numel, seed, device)
-    out = torch.empty(numel, dtype=torch.float32, device=device)
+    out = empty((numel,), torch.float32, device)
     _library.ck_uniform_noise(out.data_ptr(), numel, _keys(seed), torch.get_num_threads())
     return out
 
@@ -257,7 +268,7 @@ def dequantize_blocks(
     codes: Tensor, scales: Tensor, numel: int, bits: int, block_size: int
 ) -> Tensor:
     """At 4 bits blocks of an even size."""
-    out = torch.empty(numel)
+    out = empty((numel,), torch.float32, _CPU)
     if _sum_blocks(out, [codes], [scales], bits, block_size, 1, False):
         return out
     return reference.dequantize_blocks(codes, scales, numel, bits, block_size)
@@ -298,7 +309,7 @@ def unpack_ternary(packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     """float32."""
     if not (dtype == torch.float32 and _fits(packed, (numel + 3) // 4, torch.uint8)):
         return reference.unpack_ternary(packed, numel, dtype)
-    out = torch.empty(numel)
+    out = empty((numel,), torch.float32, _CPU)
     _library.ck_unpack_ternary(packed.data_ptr(), numel, out.data_ptr(), torch.get_num_threads())
     return out
 

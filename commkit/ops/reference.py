@@ -188,9 +188,13 @@ def _sum_blocks(
     block_size: int,
     divisor: int,
 ) -> Tensor:
-    total = dequantize_blocks(codes[0], scales[0], out.numel(), bits, block_size).div_(divisor)
+    def share(row: Tensor, own: Tensor) -> Tensor:
+        values = dequantize_blocks(row, own, out.numel(), bits, block_size)
+        return values.to(out.dtype).div_(divisor)
+
+    total = share(codes[0], scales[0])
     for row, own in zip(codes[1:], scales[1:], strict=True):
-        total.add_(dequantize_blocks(row, own, out.numel(), bits, block_size).div_(divisor))
+        total.add_(share(row, own))
     return total
 
 
@@ -202,7 +206,8 @@ def write_blocks_(
     block_size: int,
     divisor: int,
 ) -> None:
-    """``out`` = the sum of what the rows stand for, each divided by ``divisor``, added up in float32 and in this order."""
+    """``out`` = the sum of what the rows stand for, each divided by ``divisor``, added up in the
+    dtype of ``out`` and in this order."""
     out.copy_(_sum_blocks(out, codes, scales, bits, block_size, divisor))
 
 
