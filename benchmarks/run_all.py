@@ -20,7 +20,7 @@ from typing import Any
 import harness  # noqa: F401  (puts the repository on sys.path)
 from report import Target, environment, table, target_rows, write_json
 
-PROGRAMS = ("bytes", "many_buckets", "memory", "allreduce_hook", "powersgd_vs_torch")
+PROGRAMS = ("kernels", "bytes", "many_buckets", "memory", "allreduce_hook", "powersgd_vs_torch")
 LIMIT_S = 5400.0
 
 
