@@ -13,7 +13,6 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -64,7 +63,7 @@ class BuildKernels(build_ext):
         )  # what fails must not leave an older build in place
         try:
             super().build_extension(ext)
-        except (BaseError, OSError) as error:
+        except Exception as error:  # of one class or another, from version to version
             if MODE == "1":
                 raise
             print(f"commkit: no compiled kernels, pure torch instead: {error}", file=sys.stderr)

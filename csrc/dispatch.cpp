@@ -8,6 +8,8 @@
 namespace {
 
 const commkit::Table *best() {
+  if (const commkit::Table *avx512 = commkit::avx512_table())
+    return avx512;
   const commkit::Table *avx2 = commkit::avx2_table();
   return avx2 ? avx2 : &commkit::baseline_table();
 }
@@ -33,6 +35,8 @@ int ck_select_level(const char *name) {
     wanted = &commkit::baseline_table();
   else if (!std::strcmp(name, "avx2"))
     wanted = commkit::avx2_table();
+  else if (!std::strcmp(name, "avx512"))
+    wanted = commkit::avx512_table();
   if (!wanted)
     return -1;
   g_table.store(wanted, std::memory_order_release);

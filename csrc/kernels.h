@@ -20,8 +20,8 @@ enum CommkitDtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 COMMKIT_API int ck_interface();
 
-// Uses the functions of one instruction set, "baseline" or "avx2"; "" takes the best. 0: done; -1:
-// this processor (or this build) lacks it, and nothing has changed.
+// Uses the functions of one instruction set, "baseline", "avx2" or "avx512"; "" takes the best. 0:
+// done; -1: this processor (or this build) lacks it, and nothing has changed.
 COMMKIT_API int ck_select_level(const char *name);
 COMMKIT_API const char *ck_level();
 

@@ -44,7 +44,8 @@ struct Table {
 };
 
 const Table &baseline_table();
-// Null where the build has none.
+// Null where the build or the processor has none.
 const Table *avx2_table();
+const Table *avx512_table();
 
 } // namespace commkit

@@ -10,7 +10,7 @@ from pathlib import Path
 INTERFACE = 1  # of csrc/kernels.h
 PATH = Path(__file__).with_name("_kernels.so")
 MODES = ("auto", "0", "1")
-LEVELS = ("baseline", "avx2")
+LEVELS = ("baseline", "avx2", "avx512")
 
 _POINTER = c_void_p
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {

@@ -53,7 +53,7 @@ def status() -> dict[str, str]:
 
 
 def use_level(level: str) -> None:
-    """Force an instruction set, "baseline" or "avx2"; "" is the best. For tests.
+    """Force an instruction set, one of ``library.LEVELS``; "" is the best. For tests.
 
     Raises:
         ValueError: this processor lacks it.
