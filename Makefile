@@ -54,4 +54,4 @@ format: venv
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build commkit/ops/_kernels.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
