@@ -91,6 +91,49 @@ COMMKIT_TARGET void sum_signs(float *out, int64_t n, const uint8_t *const *bits,
     sum_signs_as<false>(out, n, bits, scales, rows);
 }
 
+COMMKIT_TARGET uint32_t peak(const float *x, int64_t n) {
+  __m256i tops[4] = {};
+  const __m256i mask = _mm256_set1_epi32(0x7FFFFFFF);
+  const int64_t whole = n - n % 32;
+  for (int64_t i = 0; i < whole; i += 32)
+    for (int j = 0; j < 4; ++j) {
+      const __m256i v = _mm256_castps_si256(_mm256_loadu_ps(x + i + 8 * j));
+      tops[j] = _mm256_max_epi32(tops[j], _mm256_and_si256(v, mask));
+    }
+  uint32_t lanes[8], top = loops::peak(x + whole, n - whole);
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i *>(lanes),
+      _mm256_max_epi32(_mm256_max_epi32(tops[0], tops[1]), _mm256_max_epi32(tops[2], tops[3])));
+  for (const uint32_t lane : lanes)
+    top = lane > top ? lane : top;
+  return top;
+}
+
+// As loops::nearest(loops::clamped(...)): the processor's conversion rounds half to even.
+COMMKIT_TARGET inline __m256i to_code(__m256 y, __m256 top) {
+  y = _mm256_and_ps(y, _mm256_cmp_ps(y, y, _CMP_ORD_Q));
+  y = _mm256_max_ps(_mm256_min_ps(y, top), _mm256_sub_ps(_mm256_setzero_ps(), top));
+  return _mm256_cvtps_epi32(y);
+}
+
+COMMKIT_TARGET void round_nearest(const float *x, int64_t n, float inverse, float top,
+                                  int8_t *codes) {
+  const __m256 factor = _mm256_set1_ps(inverse), limit = _mm256_set1_ps(top);
+  // Packing works within halves of a register; this puts the four-byte groups back in order.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const int64_t whole = n - n % 32;
+  for (int64_t i = 0; i < whole; i += 32) {
+    __m256i c[4];
+    for (int j = 0; j < 4; ++j)
+      c[j] = to_code(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor), limit);
+    const __m256i packed =
+        _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes + i),
+                        _mm256_permutevar8x32_epi32(packed, order));
+  }
+  loops::round_nearest(x + whole, n - whole, inverse, top, codes + whole);
+}
+
 COMMKIT_TARGET int64_t select(const float *x, int64_t n, float threshold, int64_t first,
                               int64_t *out) {
   const __m256 limit = _mm256_set1_ps(threshold);

@@ -15,6 +15,10 @@ void sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *s
                bool accumulate) {
   loops::sum_signs(out, 0, n, bits, scales, rows, accumulate);
 }
+uint32_t peak(const float *x, int64_t n) { return loops::peak(x, n); }
+void round_nearest(const float *x, int64_t n, float inverse, float top, int8_t *codes) {
+  loops::round_nearest(x, n, inverse, top, codes);
+}
 int64_t select(const float *x, int64_t n, float threshold, int64_t first, int64_t *out) {
   return loops::select(x, 0, n, threshold, first, out);
 }
