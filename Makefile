@@ -2,6 +2,7 @@
 # make test     the test suite
 # make check    linters and types
 # make bench    the benchmarks, as ratios within one run
+# make asan     the kernels' tests under the address and undefined-behaviour sanitizers
 # make venv     .venv with everything the above need
 
 PYTHON ?= python3
@@ -11,11 +12,11 @@ ARGS   ?=
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv train test check bench format clean
+.PHONY: venv train test check bench asan format clean
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -32,14 +33,25 @@ check: venv
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 	@if command -v clang-format >/dev/null && ls csrc/*.cpp >/dev/null 2>&1; then \
-	    clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu'); fi
+	    clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu'); fi
 
 bench: venv
 	$(PY) benchmarks/run_all.py $(ARGS)
+
+asan: venv
+	rm -rf build/asan
+	mkdir -p build/asan
+	cp -r commkit tests pyproject.toml build/asan
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	    -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC -shared -pthread \
+	    csrc/*.cpp -o build/asan/commkit/ops/_kernels.so
+	cd build/asan && COMMKIT_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    $(abspath $(PY)) -m pytest -q tests/ops/test_native.py tests/ops/test_in_place.py $(ARGS)
 
 format: venv
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build commkit/ops/_kernels.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

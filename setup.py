@@ -1,5 +1,101 @@
-"""Builds commkit. Everything declarative is in pyproject.toml."""
+"""Builds commkit and its compiled kernels. Everything declarative is in pyproject.toml.
 
-from setuptools import setup
+``COMMKIT_NATIVE``: auto (the default) compiles the kernels of csrc/ if it can and else says that it did not,
+1 fails where it cannot, 0 does not try. torch is not needed to build, and the result fits any Python and torch.
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70
+    bdist_wheel = None
+
+MODES = ("auto", "0", "1")
+MODE = os.environ.get("COMMKIT_NATIVE", "auto")
+if MODE not in MODES:
+    sys.exit(f"COMMKIT_NATIVE={MODE!r} must be one of {', '.join(MODES)}")
+
+# Contraction would make results depend on whether the processor has fused multiply-add.
+COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE += ["-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+LINK = ["-pthread"]
+if sys.platform.startswith("linux"):
+    LINK += ["-static-libstdc++", "-static-libgcc"]
+
+
+def kernels() -> Extension:
+    folder = Path(__file__).parent / "csrc"
+    sources, headers = (
+        sorted(f"csrc/{path.name}" for pattern in patterns for path in folder.glob(pattern))
+        for patterns in (["*.cpp"], ["*.h", "*.inc"])
+    )
+    return Extension(
+        "commkit.ops._kernels",
+        sources,
+        depends=headers,  # an sdist carries them for that
+        language="c++",
+        extra_compile_args=COMPILE,
+        extra_link_args=LINK,
+    )
+
+
+class BuildKernels(build_ext):
+    """A shared object that is no Python module, and may be missing."""
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        return str(Path(*ext_name.split("."))) + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+    def build_extension(self, ext: Extension) -> None:
+        self._built(ext).unlink(
+            missing_ok=True
+        )  # what fails must not leave an older build in place
+        try:
+            super().build_extension(ext)
+        except Exception as error:  # of one class or another, from version to version
+            if MODE == "1":
+                raise
+            print(f"commkit: no compiled kernels, pure torch instead: {error}", file=sys.stderr)
+
+    def copy_extensions_to_source(self) -> None:
+        every = self.extensions
+        for ext in every:
+            Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        self.extensions = [ext for ext in every if self._built(ext).exists()]
+        super().copy_extensions_to_source()
+        self.extensions = every
+
+    def _built(self, ext: Extension) -> Path:
+        return Path(self.build_lib, self.get_ext_filename(ext.name))
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {k: v for k, v in super().get_output_mapping().items() if Path(k).exists()}
+
+
+commands: dict[str, Any] = {"build_ext": BuildKernels}
+if bdist_wheel is not None:
+
+    class Wheel(bdist_wheel):  # type: ignore[misc, valid-type]
+        """Tied to the platform but to no version of Python."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            platform: str = super().get_tag()[2]
+            return "py3", "none", platform
+
+    commands["bdist_wheel"] = Wheel
+
+setup(ext_modules=[] if MODE == "0" else [kernels()], cmdclass=commands)

@@ -21,6 +21,7 @@ import harness  # noqa: F401  (puts the repository on sys.path)
 from report import Target, environment, table, target_rows, write_json
 
 PROGRAMS = (
+    "kernels",
     "bytes",
     "many_buckets",
     "memory",

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .config import ConfigError
-from .ops import NAMESPACE, OPS
+from .ops import OPS, native
 from .optim import OptimizerScheme
 from .reducer import Reducer
 from .registry import lookup, names
@@ -88,17 +88,16 @@ def installation() -> dict[str, Any]:
         },
         "devices": {"cpu_threads": torch.get_num_threads(), "gpus": torch.cuda.device_count()},
         "backends": _backends(),
+        "compiled kernels": native.status(),
         "kernels": kernels(),
     }
 
 
 def kernels() -> dict[str, str]:
     """Which kernel serves each operator on the CPU: the pure-torch reference or a compiled one."""
+    compiled = native.served()
     return {
-        name: "compiled"
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
-        else "pure-torch reference"
-        for name in sorted(OPS)
+        name: "compiled" if name in compiled else "pure-torch reference" for name in sorted(OPS)
     }
 
 

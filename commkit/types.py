@@ -83,11 +83,14 @@ class Compressor(ABC):
     own configuration.
 
     ``wire`` is "summable" when the element-wise sum of payloads is the payload of the sum (all-reduce can
-    carry it), else "gatherable". ``fixed_size`` says that payload sizes depend on the context alone.
+    carry it), else "gatherable". ``fixed_size`` says that payload sizes depend on the context alone, and
+    ``shows_nonfinite`` that an inf or NaN in ``x`` always leaves one in a float of the payload, so that
+    nobody has to look for it in ``x``.
     """
 
     wire: ClassVar[Wire] = "gatherable"
     fixed_size: ClassVar[bool] = True
+    shows_nonfinite: ClassVar[bool] = False
 
     @property
     def allows_error_feedback(self) -> bool:
@@ -118,6 +121,15 @@ class Compressor(ABC):
         for payload in payloads[1:]:
             total.add_(self.decompress(payload, ctx).div_(len(payloads)))
         return total
+
+    def combine_into(self, out: Tensor, payloads: Sequence[Payload], ctx: TensorCtx) -> None:
+        """Write :meth:`combine`, bit for bit, to ``out``: ``(ctx.numel,)`` of ``ctx.work_dtype``. Worth
+        overriding where that takes no temporaries, as is :meth:`subtract_`."""
+        out.copy_(self.combine(payloads, ctx).view(-1))
+
+    def subtract_(self, x: Tensor, payload: Payload, ctx: TensorCtx) -> None:
+        """``x -= decompress(payload)`` in place, bit for bit; ``x`` as ``out`` of :meth:`combine_into`."""
+        x.sub_(self.decompress(payload, ctx).view(-1))
 
 
 @runtime_checkable

@@ -36,6 +36,7 @@ def test_doctor_says_what_is_there(capsys):
     assert found["versions"]["torch"]
     assert found["backends"]["gloo"] is True
     assert set(found["kernels"].values()) <= {"pure-torch reference", "compiled"}
+    assert found["compiled kernels"]["library"].startswith(("loaded", "none: "))
     assert "labs" in found["netlab"]
     assert cli.main(["doctor"]) == 0
     assert "pure-torch reference" in capsys.readouterr().out

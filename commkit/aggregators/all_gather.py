@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from ..registry import register
 from ..types import Aggregated, Comm, Compressor, TensorCtx
 from .health import health, require_finite
 from .message import decode, encode, flag_of
+from .outcome import Decoded, Part
 from .stateless import Stateless
 
 
@@ -46,14 +46,16 @@ class AllGather(Stateless):
         payloads = [
             self.compressor.compress(x, c, comm.rank) for x, c in zip(xs, ctxs, strict=True)
         ]
-        flag = health([*xs, *(t for payload in payloads for t in payload)], ctxs[0].device)
+        inputs = [] if self.compressor.shows_nonfinite else xs
+        flag = health([*inputs, *(t for payload in payloads for t in payload)], ctxs[0].device)
         rows = comm.all_gather(encode(payloads, flag))
         require_finite([torch.stack([flag_of(row, payloads) for row in rows])])
         gathered = [decode(row, payloads) for row in rows]
         return [
-            Aggregated(
-                partial(self.compressor.combine, [of_rank[i] for of_rank in gathered], ctx),
-                partial(self.compressor.decompress, payloads[i], ctx),
+            Decoded(
+                self.compressor,
+                ctx,
+                [Part(0, ctx, [of_rank[i] for of_rank in gathered], payloads[i])],
                 comm.world_size,
             )
             for i, ctx in enumerate(ctxs)

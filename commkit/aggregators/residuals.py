@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..feedback import ErrorFeedback, NoFeedback
-from ..types import Aggregated, Feedback
+from ..types import Aggregated, Compressor, Feedback, Payload, TensorCtx
 
 
 def update_feedback(feedback: Feedback, delta: Tensor, outcome: Aggregated, key: str) -> None:
@@ -17,3 +17,23 @@ def update_feedback(feedback: Feedback, delta: Tensor, outcome: Aggregated, key:
         feedback.stage(key, delta)
     else:
         feedback.update(delta, outcome.sent, key)
+
+
+def compensate_own(feedback: Feedback, x: Tensor, key: str) -> Tensor:
+    """``feedback.compensate`` of an ``x`` of the work dtype that may be overwritten."""
+    if isinstance(feedback, ErrorFeedback):
+        return feedback.compensate_(x, key)
+    return feedback.compensate(x, key)
+
+
+def update_with_payload(
+    feedback: Feedback, delta: Tensor, compressor: Compressor, payload: Payload, ctx: TensorCtx
+) -> None:
+    """Stage what ``payload`` leaves unsent of ``delta``, which may be overwritten."""
+    if isinstance(feedback, NoFeedback):
+        return
+    if isinstance(feedback, ErrorFeedback) and delta.is_contiguous():
+        compressor.subtract_(delta.view(-1), payload, ctx)
+        feedback.stage(ctx.key, delta)
+    else:
+        feedback.update(delta, compressor.decompress(payload, ctx), ctx.key)

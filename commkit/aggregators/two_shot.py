@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..feedback import NoFeedback, check_contraction
@@ -25,7 +23,11 @@ from ..types import (
 )
 from .exchange import Exchange
 from .health import health
+from .outcome import Decoded, Part
+from .residuals import compensate_own, update_with_payload
 from .sharding import Shard, shard_key, shards_of, spans_of
+
+_FIRST = 1024  # elements, one of which is hardly ever not zero
 
 
 @register("aggregator", "two_shot")
@@ -86,20 +88,21 @@ class TwoShot:
             for s in shards
         }
         device = ctxs[0].device
-        flag = health([*xs, *(t for payload in payloads.values() for t in payload)], device)
+        # A pass over every gradient, where no payload tells what it would find.
+        inputs = [] if self.compressor.shows_nonfinite else xs
+        flag = health([*inputs, *(t for payload in payloads.values() for t in payload)], device)
         exchange = Exchange(shards, comm)
         received = exchange.to_owners(payloads, flag)
         combined = self._serve(exchange.served_by(comm.rank), received, comm.rank)
         means = exchange.to_all(
             combined, payloads, health((t for p in combined for t in p), device)
         )
+        parts: list[list[Part]] = [[] for _ in ctxs]
+        for s in shards:
+            parts[s.index].append(Part(s.start, s.ctx, [means[s]], payloads[s]))
         return [
-            Aggregated(
-                partial(self._decode, means, [s for s in shards if s.index == i], ctx),
-                partial(self._decode, payloads, [s for s in shards if s.index == i], ctx),
-                comm.world_size,
-            )
-            for i, ctx in enumerate(ctxs)
+            Decoded(self.compressor, ctx, own, comm.world_size)
+            for ctx, own in zip(ctxs, parts, strict=True)
         ]
 
     def _serve(
@@ -113,14 +116,13 @@ class TwoShot:
         for number, shard in enumerate(mine):
             mean = self.compressor.combine([payloads[number] for payloads in received], shard.ctx)
             # Nobody sent anything: nobody may use the answer either, so the residual waits.
-            idle = not bool(mean.any())
+            idle = not bool(mean[:_FIRST].any()) and not bool(mean.any())
             if not idle:
-                mean = self.server_feedback.compensate(mean, shard.ctx.key)
+                mean = compensate_own(self.server_feedback, mean, shard.ctx.key)
             # ~rank: rounding must be independent of the first stage's.
             payload = self.compressor.compress(mean, shard.ctx, ~rank)
             if not idle:
-                sent = self.compressor.decompress(payload, shard.ctx)
-                self.server_feedback.update(mean, sent, shard.ctx.key)
+                update_with_payload(self.server_feedback, mean, self.compressor, payload, shard.ctx)
             combined.append(payload)
         return combined
 
@@ -135,15 +137,6 @@ class TwoShot:
                     state[shard_key(key, start)] = whole[start : start + numel]
         self.server_feedback.load_state_dict(state)
         self._whole = {}
-
-    def _decode(
-        self, payloads: Mapping[Shard, Payload], shards: Sequence[Shard], ctx: TensorCtx
-    ) -> Tensor:
-        parts = [self.compressor.decompress(payloads[s], s.ctx) for s in shards]
-        flat = (
-            torch.cat(parts) if parts else torch.zeros(0, dtype=ctx.work_dtype, device=ctx.device)
-        )
-        return flat.view(ctx.shape)
 
     def commit(self, ok: bool) -> None:
         self.server_feedback.commit(ok)

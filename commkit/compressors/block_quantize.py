@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class BlockQuantize(Compressor):
         ValueError: bits other than 4 or 8, or a block size that is not an even number of at least 2.
     """
 
+    shows_nonfinite: ClassVar[bool] = True
+
     bits: Literal[4, 8] = 8
     block_size: int = 256
     rounding: Literal["nearest", "stochastic"] = "stochastic"
@@ -48,9 +51,20 @@ class BlockQuantize(Compressor):
         return ops.quantize_blocks(x.reshape(-1), self.bits, self.block_size, stochastic, seed)
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
+        return self.combine([payload], ctx)
+
+    def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
+        out = ops.empty((ctx.numel,), ctx.work_dtype, ctx.device)
+        self.combine_into(out, payloads, ctx)
+        return out.view(ctx.shape)
+
+    def combine_into(self, out: Tensor, payloads: Sequence[Payload], ctx: TensorCtx) -> None:
+        codes, scales = [codes for codes, _ in payloads], [scales for _, scales in payloads]
+        ops.write_blocks_(out, codes, scales, self.bits, self.block_size, len(payloads))
+
+    def subtract_(self, x: Tensor, payload: Payload, ctx: TensorCtx) -> None:
         codes, scales = payload
-        x = ops.dequantize_blocks(codes, scales, ctx.numel, self.bits, self.block_size)
-        return x.to(ctx.work_dtype).view(ctx.shape)
+        ops.accumulate_blocks_(x, [codes], [-scales], self.bits, self.block_size, 1)
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         n = ctx.numel

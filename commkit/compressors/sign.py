@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Sign(Compressor):
         ValueError: another scale.
     """
 
+    shows_nonfinite: ClassVar[bool] = True
+
     scale: Literal["l1", "rms"] = "l1"
 
     def __post_init__(self) -> None:
@@ -36,18 +39,28 @@ class Sign(Compressor):
             raise ValueError(f"scale={self.scale!r} must be 'l1' or 'rms'; use one of them")
 
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
-        flat = x.reshape(-1).to(ctx.work_dtype)
-        n = max(flat.numel(), 1)
+        flat = x.reshape(-1)
         if self.scale == "l1":
-            size = torch.linalg.vector_norm(flat, 1) / n
-        else:
-            size = ops.two_norm(flat) / n**0.5
+            return ops.encode_signs(flat)
+        flat = flat.to(ctx.work_dtype)
+        size = ops.two_norm(flat) / max(flat.numel(), 1) ** 0.5
         return ops.pack_signs(flat), size.to(torch.float32).view(1)
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
+        return self.combine([payload], ctx)
+
+    def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
+        out = ops.empty((ctx.numel,), ctx.work_dtype, ctx.device)
+        self.combine_into(out, payloads, ctx)
+        return out.view(ctx.shape)
+
+    def combine_into(self, out: Tensor, payloads: Sequence[Payload], ctx: TensorCtx) -> None:
+        sizes = torch.cat([size for _, size in payloads]).to(out.dtype) / len(payloads)
+        ops.write_signs_(out, [bits for bits, _ in payloads], sizes)
+
+    def subtract_(self, x: Tensor, payload: Payload, ctx: TensorCtx) -> None:
         bits, size = payload
-        signs = ops.unpack_signs(bits, ctx.numel, ctx.work_dtype)
-        return signs.mul_(size).view(ctx.shape)
+        ops.accumulate_signs_(x, [bits], -size.to(x.dtype))
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         return -(-ctx.numel // 8) + 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops import two_norm
+from ..ops import empty, two_norm
 from ..registry import register
 from ..types import StateDict
 from .staged import StagedTensors
@@ -56,11 +56,15 @@ class ErrorFeedback:
         """``x + e`` as a fresh tensor in the work dtype."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         residual = self._residuals.get_like(key, x, "residual")
+        out = empty(x.shape, dtype, x.device)
         if residual is None:
-            return x.to(dtype, copy=True)
-        if self.decay == 1:
-            return torch.add(residual, x)
-        return torch.add(x, residual, alpha=self.decay)
+            return out.copy_(x)
+        return torch.add(x, residual, alpha=self.decay, out=out)
+
+    def compensate_(self, x: Tensor, key: str) -> Tensor:
+        """:meth:`compensate` in the memory of ``x``, which is the caller's own and of the work dtype."""
+        residual = self._residuals.get_like(key, x, "residual")
+        return x if residual is None else x.add_(residual, alpha=self.decay)
 
     def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
         """Stage ``e = compensated - sent``, in the memory of ``compensated``. ``sent is compensated``

@@ -5,11 +5,15 @@ registering for the same name and no caller changes. Payload formats are part of
 same for every kernel, bit for bit.
 """
 
+from . import native
 from .definitions import NAMESPACE, OPS
 from .functions import (
+    accumulate_blocks_,
+    accumulate_signs_,
     dequantize_blocks,
     dequantize_codebook,
     dequantize_natural,
+    encode_signs,
     pack_codes,
     pack_nibbles,
     pack_signs,
@@ -20,6 +24,7 @@ from .functions import (
     quantize_natural,
     sample_threshold,
     scatter_accumulate_,
+    select_at_least,
     stratified_indices,
     ternarize,
     two_norm,
@@ -28,14 +33,23 @@ from .functions import (
     unpack_nibbles,
     unpack_signs,
     unpack_ternary,
+    write_blocks_,
+    write_signs_,
 )
+from .native import empty
+
+native.register()
 
 __all__ = [
     "NAMESPACE",
     "OPS",
+    "accumulate_blocks_",
+    "accumulate_signs_",
     "dequantize_blocks",
     "dequantize_codebook",
     "dequantize_natural",
+    "empty",
+    "encode_signs",
     "pack_codes",
     "pack_nibbles",
     "pack_signs",
@@ -46,6 +60,7 @@ __all__ = [
     "quantize_natural",
     "sample_threshold",
     "scatter_accumulate_",
+    "select_at_least",
     "stratified_indices",
     "ternarize",
     "two_norm",
@@ -54,4 +69,6 @@ __all__ = [
     "unpack_nibbles",
     "unpack_signs",
     "unpack_ternary",
+    "write_blocks_",
+    "write_signs_",
 ]

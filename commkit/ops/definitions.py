@@ -21,6 +21,10 @@ def _fake_pack_signs(x: Tensor) -> Tensor:
     return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
+def _fake_encode_signs(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake_pack_signs(x), x.new_empty(1, dtype=torch.float32)
+
+
 def _fake_pack_ternary(codes: Tensor) -> Tensor:
     return codes.new_empty((codes.numel() + 3) // 4, dtype=torch.uint8)
 
@@ -87,14 +91,26 @@ def _fake_stratified_indices(numel: int, k: int, seed: int, device: torch.device
     return torch.empty(k, dtype=torch.int64, device=device)
 
 
-def _fake_scatter_accumulate_(out: Tensor, indices: Tensor, values: Tensor) -> None:
+def _fake_select_at_least(x: Tensor, threshold: Tensor) -> Tensor:
+    return x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+def _fake_in_place(*arguments: Any) -> None:
     return None
 
+
+_SUM_SIGNS = "(Tensor(a!) out, Tensor[] bits, Tensor scales) -> ()"
+_SUM_BLOCKS = (
+    "(Tensor(a!) out, Tensor[] codes, Tensor[] scales, int bits, int block_size, int divisor) -> ()"
+)
 
 OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "uniform_noise": ("(SymInt numel, int seed, Device device) -> Tensor", _fake_uniform_noise),
     "pack_signs": ("(Tensor x) -> Tensor", _fake_pack_signs),
     "unpack_signs": ("(Tensor bits, SymInt numel, ScalarType dtype) -> Tensor", _fake_unpack),
+    "encode_signs": ("(Tensor x) -> (Tensor, Tensor)", _fake_encode_signs),
+    "write_signs_": (_SUM_SIGNS, _fake_in_place),
+    "accumulate_signs_": (_SUM_SIGNS, _fake_in_place),
     "ternarize": ("(Tensor x, Tensor scale, int seed) -> Tensor", _fake_ternarize),
     "pack_ternary": ("(Tensor codes) -> Tensor", _fake_pack_ternary),
     "unpack_ternary": ("(Tensor packed, SymInt numel, ScalarType dtype) -> Tensor", _fake_unpack),
@@ -108,6 +124,8 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor codes, Tensor scales, SymInt numel, int bits, int block_size) -> Tensor",
         _fake_dequantize_blocks,
     ),
+    "write_blocks_": (_SUM_BLOCKS, _fake_in_place),
+    "accumulate_blocks_": (_SUM_BLOCKS, _fake_in_place),
     "quantize_buckets": (
         "(Tensor x, int levels, int bucket_size, bool l2, int seed) -> (Tensor, Tensor)",
         _fake_quantize_buckets,
@@ -126,13 +144,14 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         _fake_dequantize_natural,
     ),
     "sample_threshold": ("(Tensor x, int k, int seed) -> Tensor", _fake_sample_threshold),
+    "select_at_least": ("(Tensor x, Tensor threshold) -> Tensor", _fake_select_at_least),
     "stratified_indices": (
         "(SymInt numel, int k, int seed, Device device) -> Tensor",
         _fake_stratified_indices,
     ),
     "scatter_accumulate_": (
         "(Tensor(a!) out, Tensor indices, Tensor values) -> ()",
-        _fake_scatter_accumulate_,
+        _fake_in_place,
     ),
 }
 """Name -> (schema, fake). The default kernel is the function of the same name in ``reference``."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import definitions  # noqa: F401  (defines the operators)
+from .checks import check_block_rows, check_sign_rows
 
 _ops = torch.ops.commkit
 
@@ -25,6 +27,34 @@ def pack_signs(x: Tensor) -> Tensor:
 def unpack_signs(bits: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`pack_signs`: (numel,) of -1 and +1 in ``dtype``."""
     return cast(Tensor, _ops.unpack_signs(bits, numel, dtype))
+
+
+def encode_signs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) float -> the bits of :func:`pack_signs`, and mean|x| as (1,) float32, in one pass. The mean is
+    not finite if ``x`` is not."""
+    return cast(tuple[Tensor, Tensor], _ops.encode_signs(x))
+
+
+def write_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
+    """``out = sum_i scales[i] * sgn_i`` in place, in this order and without temporaries.
+
+    Args:
+        out: (n,) of floats.
+        bits: one or more results of :func:`pack_signs` of n elements.
+        scales: one for each, of the dtype of ``out``.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or size; the message names the argument.
+    """
+    check_sign_rows(out, bits, scales)
+    _ops.write_signs_(out, bits, scales)
+
+
+def accumulate_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
+    """``out += sum_i scales[i] * sgn_i``, otherwise as :func:`write_signs_`. The sum is formed first, so
+    that one row of negative scale is a subtraction, bit for bit."""
+    check_sign_rows(out, bits, scales)
+    _ops.accumulate_signs_(out, bits, scales)
 
 
 def ternarize(x: Tensor, scale: Tensor, seed: int) -> Tensor:
@@ -82,6 +112,42 @@ def dequantize_blocks(
     return cast(Tensor, _ops.dequantize_blocks(codes, scales, numel, bits, block_size))
 
 
+def write_blocks_(
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
+) -> None:
+    """``out = sum_i dequantize_blocks(codes[i], scales[i]) / divisor`` in place, added up in this order.
+
+    Args:
+        out: (n,) of floats.
+        codes: one or more codes of :func:`quantize_blocks` of n elements.
+        scales: the scales of each.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or size; the message names the argument.
+    """
+    check_block_rows(out, codes, scales, bits, block_size, divisor)
+    _ops.write_blocks_(out, codes, scales, bits, block_size, divisor)
+
+
+def accumulate_blocks_(
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
+) -> None:
+    """``out += sum_i dequantize_blocks(codes[i], scales[i]) / divisor``, otherwise as :func:`write_blocks_`. The sum
+    is formed first."""
+    check_block_rows(out, codes, scales, bits, block_size, divisor)
+    _ops.accumulate_blocks_(out, codes, scales, bits, block_size, divisor)
+
+
 def quantize_buckets(
     x: Tensor, levels: int, bucket_size: int, l2: bool, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -119,6 +185,11 @@ def dequantize_natural(codes: Tensor, top: Tensor, dtype: torch.dtype) -> Tensor
 def sample_threshold(x: Tensor, k: int, seed: int) -> Tensor:
     """0-d float32 estimate of the k-th largest ``|x|`` (DGC, section 3.1)."""
     return cast(Tensor, _ops.sample_threshold(x, k, seed))
+
+
+def select_at_least(x: Tensor, threshold: Tensor) -> Tensor:
+    """int64, increasing: where ``|x|`` is at least ``threshold`` (0-d float32)."""
+    return cast(Tensor, _ops.select_at_least(x, threshold))
 
 
 def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:

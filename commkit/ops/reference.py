@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def _as_int32(value: int) -> int:
     return (value & 0xFFFFFFFF) - ((value & 0x80000000) << 1)
 
 
-def _noise_keys(seed: int) -> tuple[int, int]:
+def noise_keys(seed: int) -> tuple[int, int]:
     """Two int32 keys of a seed (splitmix64)."""
     z = (seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
@@ -63,7 +64,7 @@ def _noise_keys(seed: int) -> tuple[int, int]:
 def uniform_noise(numel: int, seed: int, device: torch.device) -> Tensor:
     """(numel,) float32 in [0, 1), multiples of 2^-24: a 32-bit finaliser hash of the index, keyed twice
     so that two seeds never give shifted copies of one stream."""
-    first, second = _noise_keys(seed)
+    first, second = noise_keys(seed)
     x = torch.arange(numel, dtype=torch.int64, device=device).to(torch.int32)
     x += first
     x ^= (x >> 16) & 0xFFFF
@@ -85,6 +86,30 @@ def unpack_signs(bits: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     """(numel,) of -1 and +1."""
     table = _sign_table(dtype, bits.device)
     return table.index_select(0, bits.to(torch.int32)).view(-1)[:numel]
+
+
+def encode_signs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits of :func:`pack_signs`, and mean|x| as (1,) float32: not finite where ``x`` is not."""
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = torch.linalg.vector_norm(work, 1) / max(work.numel(), 1)
+    return pack_signs(work), mean.to(torch.float32).view(1)
+
+
+def _sum_signs(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> Tensor:
+    total = unpack_signs(bits[0], out.numel(), out.dtype).mul_(scales[0])
+    for row, scale in zip(bits[1:], scales[1:], strict=True):
+        total.add_(unpack_signs(row, out.numel(), out.dtype).mul_(scale))
+    return total
+
+
+def write_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
+    """``out = scales[0] * sgn_0 + scales[1] * sgn_1 + ...``, added up in this order."""
+    out.copy_(_sum_signs(out, bits, scales))
+
+
+def accumulate_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
+    """``out += scales[0] * sgn_0 + ...``; the sum is formed first."""
+    out.add_(_sum_signs(out, bits, scales))
 
 
 def ternarize(x: Tensor, scale: Tensor, seed: int) -> Tensor:
@@ -153,6 +178,49 @@ def dequantize_blocks(
     else:
         values = unpack_nibbles(codes, numel, torch.float32)
     return _scale_blocks(values[:numel], scales, block_size)
+
+
+def _sum_blocks(
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
+) -> Tensor:
+    def share(row: Tensor, own: Tensor) -> Tensor:
+        values = dequantize_blocks(row, own, out.numel(), bits, block_size)
+        return values.to(out.dtype).div_(divisor)
+
+    total = share(codes[0], scales[0])
+    for row, own in zip(codes[1:], scales[1:], strict=True):
+        total.add_(share(row, own))
+    return total
+
+
+def write_blocks_(
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
+) -> None:
+    """``out`` = the sum of what the rows stand for, each divided by ``divisor``, added up in the
+    dtype of ``out`` and in this order."""
+    out.copy_(_sum_blocks(out, codes, scales, bits, block_size, divisor))
+
+
+def accumulate_blocks_(
+    out: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: int,
+    block_size: int,
+    divisor: int,
+) -> None:
+    """``out`` += the sum of what the rows stand for; the sum is formed first."""
+    out.add_(_sum_blocks(out, codes, scales, bits, block_size, divisor))
 
 
 def _scale_blocks(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
@@ -253,6 +321,11 @@ def sample_threshold(x: Tensor, k: int, seed: int) -> Tensor:
     sample = x[seed % stride :: stride].abs()
     rank = max(1, min(sample.numel(), round(k * sample.numel() / n)))
     return torch.topk(sample, rank, sorted=True).values[-1].to(torch.float32, copy=True)
+
+
+def select_at_least(x: Tensor, threshold: Tensor) -> Tensor:
+    """int64, increasing: where ``|x| >= threshold``, which NaN never is."""
+    return (x.abs() >= threshold).nonzero().view(-1)
 
 
 def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:

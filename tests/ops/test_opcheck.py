@@ -20,6 +20,18 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "uniform_noise": [(0, 1, CPU), (100, 2**40, CPU)],
     "pack_signs": [(FLOATS,), (FLOATS[:9].double(),), (FLOATS[:0],), (FLOATS.bfloat16(),)],
     "unpack_signs": [(ops.pack_signs(FLOATS[:9]), 9, torch.float32)],
+    "encode_signs": [(FLOATS,), (FLOATS[:9].double(),), (FLOATS[:0],), (FLOATS.bfloat16(),)],
+    **{
+        name: [
+            (
+                torch.ones(9, dtype=dtype),
+                [ops.pack_signs(FLOATS[:9])] * rows,
+                FLOATS[:rows].to(dtype),
+            )
+            for rows, dtype in ((1, torch.float32), (3, torch.float32), (2, torch.float64))
+        ]
+        for name in ("write_signs_", "accumulate_signs_")
+    },
     "ternarize": [(FLOATS, FLOATS.abs().amax(), 3)],
     "pack_ternary": [(TERNARY,), (TERNARY[:0],)],
     "unpack_ternary": [(ops.pack_ternary(TERNARY), 1001, torch.float64)],
@@ -47,6 +59,15 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "dequantize_blocks": [
         (*ops.quantize_blocks(FLOATS, bits, 64, False, 0), 1000, bits, 64) for bits in (4, 8)
     ],
+    **{
+        name: [
+            (torch.ones(1000), *([part] * 2 for part in quantized), bits, 64, 3)
+            for bits in (4, 8)
+            for quantized in [ops.quantize_blocks(FLOATS, bits, 64, False, 0)]
+        ]
+        for name in ("write_blocks_", "accumulate_blocks_")
+    },
+    "select_at_least": [(FLOATS, torch.tensor(1.5)), (FLOATS[:0], torch.tensor(0.0))],
     "sample_threshold": [(FLOATS, 10, 7)],
     "stratified_indices": [(1000, 10, 7, CPU), (0, 0, 7, CPU)],
     "scatter_accumulate_": [(torch.zeros(10), torch.tensor([1, 5], dtype=torch.int32), FLOATS[:2])],

@@ -1,0 +1,123 @@
+"""Each operator's time as a ratio to one copy of the same tensor, the compiled kernel beside the reference.
+
+One process, by turns, on one and on two threads. Operators that write get their memory given; those that
+return a new tensor pay the system for it, as they do in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import Ratio, interleave
+from report import Result, Target, main
+
+from commkit import ops
+from commkit.compressors import TopK
+from commkit.ops import native, reference
+from commkit.types import TensorCtx
+
+PEERS, BLOCK = 8, 256
+Arm = Callable[[], object]
+
+TARGETS = {
+    "sign pack + error feedback": 1.2,
+    f"unpack-accumulate of {PEERS} peers": 0.9,
+    "int8 quantise": 0.75,
+    "int8 quantise, stochastic": 0.75,
+    "int8 dequantise": 0.85,
+    "top-k 1 %, sampled": 2.0,
+}
+
+
+def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
+    """What is timed, with the operators of ``module``. ``out`` is written over."""
+    n = x.numel()
+    bits, scale = ops.encode_signs(x)
+    scales = scale.repeat(PEERS)
+
+    def sign_step() -> None:
+        packed, size = module.encode_signs(out)
+        module.accumulate_signs_(out, [packed], -size)
+
+    def blocks(width: int) -> dict[str, Arm]:
+        codes, sizes = ops.quantize_blocks(x, width, BLOCK, False, 0)
+        name = f"int{width}"
+        return {
+            f"{name} quantise": lambda: module.quantize_blocks(x, width, BLOCK, False, 0),
+            f"{name} quantise, stochastic": lambda: module.quantize_blocks(
+                x, width, BLOCK, True, 1
+            ),
+            f"{name} dequantise": lambda: module.write_blocks_(
+                out, [codes], [sizes], width, BLOCK, 1
+            ),
+            f"{name} dequantise-accumulate": lambda: module.accumulate_blocks_(
+                out, [codes], [sizes], width, BLOCK, 1
+            ),
+        }
+
+    largest = x.abs().amax()
+    ternary = ops.ternarize(x, largest, 1)
+    threshold = ops.sample_threshold(x, n // 100, 1)
+    found = ops.select_at_least(x, threshold)
+    return {
+        "sign pack": lambda: module.pack_signs(x),
+        "sign pack + l1": lambda: module.encode_signs(x),
+        "sign pack + error feedback": sign_step,
+        "sign write": lambda: module.write_signs_(out, [bits], scale),
+        "sign accumulate": lambda: module.accumulate_signs_(out, [bits], scale),
+        f"unpack-accumulate of {PEERS} peers": lambda: module.accumulate_signs_(
+            out, [bits] * PEERS, scales
+        ),
+        **blocks(8),
+        **blocks(4),
+        "ternarise": lambda: module.ternarize(x, largest, 1),
+        "ternary pack": lambda: module.pack_ternary(ternary),
+        "uniform noise": lambda: module.uniform_noise(n, 1, x.device),
+        "select 1 %": lambda: module.select_at_least(x, threshold),
+        "scatter 1 %": lambda: module.scatter_accumulate_(out, found, x[: found.numel()]),
+    }
+
+
+def measure(options: argparse.Namespace) -> Result:
+    n = 250_000 if options.quick else 25_000_000
+    rounds, slow_rounds = (1, 1) if options.quick else (9, 2)
+    generator = torch.Generator().manual_seed(0)
+    x, out = torch.randn(n, generator=generator), torch.zeros(n)
+    copy = {"memcpy": lambda: out.copy_(x)}
+    ctx = TensorCtx("w", x.shape, x.dtype, x.device, 0, 0)
+    top_k = {"top-k 1 %, sampled": lambda: TopK(0.01, "sampled").compress(x, ctx)}
+    result = Result("kernels", {"elements": n, **native.status()})
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        fast = interleave({**copy, **arms(ops, x, out), **top_k}, rounds, 1, lambda: None)
+        slow = interleave({**copy, **arms(reference, x, out)}, slow_rounds, 1, lambda: None)
+        rows = []
+        for name, timing in fast.items():
+            ratio = Ratio.of(timing, fast["memcpy"])
+            plain = Ratio.of(slow[name], slow["memcpy"]).best if name in slow else ""
+            rows.append(
+                {
+                    "operator": name,
+                    "best ms": round(min(timing.wall) * 1e3, 2),
+                    "over memcpy, median": round(ratio.median, 3),
+                    "min": round(ratio.low, 3),
+                    "max": round(ratio.high, 3),
+                    "best/best": round(ratio.best, 3),
+                    "reference, best/best": round(plain, 2) if plain else "",
+                }
+            )
+            if threads == 1 and name in TARGETS:
+                result.targets.append(
+                    Target.at_most(f"{name}, over memcpy", TARGETS[name], ratio.best)
+                )
+        result.tables[f"{threads} thread{'s' if threads > 1 else ''}"] = rows
+    if not native.served():
+        result.notes.append(f"there are no compiled kernels: {native.status()['library']}")
+    return result
+
+
+if __name__ == "__main__":
+    main(__doc__, measure)

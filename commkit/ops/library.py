@@ -1,0 +1,92 @@
+"""Finding and loading the compiled kernels. They are looked for beside this file and nowhere else."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+INTERFACE = 1  # of csrc/kernels.h
+PATH = Path(__file__).with_name("_kernels.so")
+MODES = ("auto", "0", "1")
+LEVELS = ("baseline", "avx2", "avx512")
+
+_POINTER = c_void_p
+_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+    "ck_interface": ([], c_int),
+    "ck_select_level": ([c_char_p], c_int),
+    "ck_level": ([], c_char_p),
+    "ck_prefer_huge_pages": ([_POINTER, c_int64], None),
+    "ck_encode_signs": ([_POINTER, c_int, c_int64, _POINTER, POINTER(c_double), c_int], None),
+    "ck_sum_signs": ([_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int], None),
+    "ck_quantize_blocks": (
+        [_POINTER, c_int, c_int64, c_int, c_int64, _POINTER, _POINTER, _POINTER, c_int],
+        None,
+    ),
+    "ck_sum_blocks": (
+        [_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int64, c_int, c_int, c_int],
+        None,
+    ),
+    "ck_uniform_noise": ([_POINTER, c_int64, _POINTER, c_int], None),
+    "ck_ternarize": ([_POINTER, c_int, c_int64, c_float, _POINTER, _POINTER, c_int], None),
+    "ck_pack_ternary": ([_POINTER, c_int64, _POINTER, c_int], None),
+    "ck_unpack_ternary": ([_POINTER, c_int64, _POINTER, c_int], None),
+    "ck_pack_nibbles": ([_POINTER, c_int64, _POINTER, c_int], None),
+    "ck_select_at_least": ([_POINTER, c_int64, c_float, POINTER(c_void_p), c_int], c_int64),
+    "ck_take": ([_POINTER, _POINTER], None),
+    "ck_scatter_accumulate": ([_POINTER, c_int64, _POINTER, c_int, _POINTER, c_int64], c_int),
+}
+
+
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why not.
+
+    ``COMMKIT_NATIVE``: 0 uses the reference kernels, 1 refuses to do without the compiled ones, auto (the
+    default) takes what is there. ``COMMKIT_CPU`` forces an instruction set.
+
+    Raises:
+        ValueError: a variable has another value, or this processor lacks the instruction set.
+        RuntimeError: COMMKIT_NATIVE=1 and there is no usable library.
+    """
+    mode = os.environ.get("COMMKIT_NATIVE", "auto")
+    if mode not in MODES:
+        raise ValueError(f"COMMKIT_NATIVE={mode!r} must be one of {', '.join(MODES)}")
+    if mode == "0":
+        return None, "COMMKIT_NATIVE=0"
+    library, problem = _open()
+    if library is None:
+        if mode == "1":
+            raise RuntimeError(
+                f"COMMKIT_NATIVE=1 but {problem}; install commkit with a C++ compiler at hand"
+            )
+        return None, problem
+    select_level(library, os.environ.get("COMMKIT_CPU", ""))
+    return library, ""
+
+
+def select_level(library: ctypes.CDLL, level: str) -> None:
+    """Use the functions of ``level``; "" is the best that this processor has.
+
+    Raises:
+        ValueError: there is no such level, or this processor lacks it.
+    """
+    if library.ck_select_level(level.encode()):
+        raise ValueError(
+            f"COMMKIT_CPU={level!r}: no such instruction set on this processor; use one of {', '.join(LEVELS)}"
+        )
+
+
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    if not PATH.exists():
+        return None, f"{PATH.name} was not built"
+    try:
+        library = ctypes.CDLL(str(PATH))  # whose calls release the GIL
+        if library.ck_interface() != INTERFACE:
+            return None, f"{PATH.name} is of another version; install commkit again"
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, result
+    except (OSError, AttributeError) as error:
+        return None, f"{PATH.name} cannot be loaded: {error}"
+    return library, ""

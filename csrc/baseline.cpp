@@ -1,0 +1,35 @@
+// Every function in what any processor of the architecture has.
+#include "loops.h"
+#include "table.h"
+
+namespace {
+
+#define COMMKIT_TARGET
+#include "entries.inc"
+
+void pack_signs(const float *x, int64_t n, uint8_t *bits) { loops::pack_signs(x, n, bits); }
+double encode_signs(const float *x, int64_t n, uint8_t *bits) {
+  return loops::encode_signs(x, n, bits);
+}
+void sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *scales, int rows,
+               bool accumulate) {
+  loops::sum_signs(out, 0, n, bits, scales, rows, accumulate);
+}
+uint32_t peak(const float *x, int64_t n) { return loops::peak(x, n); }
+void round_nearest(const float *x, int64_t n, float inverse, float top, int8_t *codes) {
+  loops::round_nearest(x, n, inverse, top, codes);
+}
+int64_t select(const float *x, int64_t n, float threshold, int64_t first, int64_t *out) {
+  return loops::select(x, 0, n, threshold, first, out);
+}
+void widen_float16(const uint16_t *x, int64_t n, float *out) { loops::widen_float16(x, n, out); }
+
+const Table kTable = {"baseline",     pack_signs,     encode_signs,     sum_signs,
+                      peak,           round_nearest,  round_randomly,   pack_nibbles,
+                      unpack_nibbles, scale_codes,    add_scaled_codes, add,
+                      noise,          ternarize,      pack_ternary,     unpack_ternary,
+                      select,         widen_bfloat16, widen_float16};
+
+} // namespace
+
+const commkit::Table &commkit::baseline_table() { return kTable; }

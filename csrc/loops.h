@@ -1,0 +1,250 @@
+// Loops in plain C++. Each instruction set compiles its own copy: they are inlined into functions
+// that carry its target attribute, and vectorised there.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define COMMKIT_INLINE static inline __attribute__((always_inline))
+
+namespace commkit {
+namespace loops {
+
+COMMKIT_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  return u;
+}
+
+COMMKIT_INLINE float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+COMMKIT_INLINE uint8_t sign_byte(const float *x, int64_t n) {
+  unsigned byte = 0;
+  for (int64_t k = 0; k < n; ++k)
+    byte |= static_cast<unsigned>(x[k] >= 0) << k;
+  return static_cast<uint8_t>(byte);
+}
+
+COMMKIT_INLINE void pack_signs(const float *x, int64_t n, uint8_t *bits) {
+  for (int64_t i = 0; i < n; i += 8)
+    bits[i / 8] = sign_byte(x + i, n - i < 8 ? n - i : 8);
+}
+
+constexpr int kLanes = 16;
+
+// Lane k has the sum of |x[i]| over i = k modulo 16, up to `from`; adds the rest, then all lanes in
+// order.
+COMMKIT_INLINE double finish_l1(double *lanes, const float *x, int64_t from, int64_t n) {
+  for (int64_t i = from; i < n; ++i)
+    lanes[i % kLanes] += static_cast<double>(std::fabs(x[i]));
+  double total = 0;
+  for (int k = 0; k < kLanes; ++k)
+    total += lanes[k];
+  return total;
+}
+
+COMMKIT_INLINE double encode_signs(const float *x, int64_t n, uint8_t *bits) {
+  double lanes[kLanes] = {};
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int k = 0; k < kLanes; ++k)
+      lanes[k] += static_cast<double>(std::fabs(x[i + k]));
+  pack_signs(x, n, bits);
+  return finish_l1(lanes, x, whole, n);
+}
+
+COMMKIT_INLINE float signed_scale(const uint8_t *bits, int64_t i, float scale) {
+  return (bits[i / 8] >> (i % 8)) & 1 ? scale : -scale;
+}
+
+COMMKIT_INLINE void sum_signs(float *out, int64_t from, int64_t n, const uint8_t *const *bits,
+                              const float *scales, int rows, bool accumulate) {
+  for (int64_t i = from; i < n; ++i) {
+    float sum = signed_scale(bits[0], i, scales[0]);
+    for (int r = 1; r < rows; ++r)
+      sum += signed_scale(bits[r], i, scales[r]);
+    out[i] = accumulate ? out[i] + sum : sum;
+  }
+}
+
+COMMKIT_INLINE uint32_t peak(const float *x, int64_t n) {
+  int32_t top = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t size = static_cast<int32_t>(bits_of(x[i]) & 0x7FFFFFFFu);
+    top = size > top ? size : top;
+  }
+  return static_cast<uint32_t>(top);
+}
+
+// The hash of reference.uniform_noise, as the integer below 2^24.
+COMMKIT_INLINE uint32_t hash24(uint32_t index, uint32_t first_key, uint32_t second_key) {
+  uint32_t h = index + first_key;
+  h ^= h >> 16;
+  h *= 0x7FEB352Du;
+  h += second_key;
+  h ^= h >> 15;
+  h *= 0x846CA68Bu;
+  h ^= h >> 16;
+  return h >> 8;
+}
+
+COMMKIT_INLINE float uniform(uint32_t index, uint32_t first_key, uint32_t second_key) {
+  const int32_t whole = static_cast<int32_t>(hash24(index, first_key, second_key));
+  return static_cast<float>(whole) * 0x1p-24f;
+}
+
+COMMKIT_INLINE void noise(const uint32_t *keys, uint32_t first, int64_t n, float *out) {
+  const uint32_t k0 = keys[0], k1 = keys[1];
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = uniform(first + static_cast<uint32_t>(i), k0, k1);
+}
+
+// To at most `top` either way, which is a whole number: rounding afterwards gives what clamping
+// afterwards would. NaN becomes 0, as torch's conversion to int8 makes it.
+COMMKIT_INLINE float clamped(float y, float top) {
+  y = y > top ? top : y;
+  y = y < -top ? -top : y;
+  return y == y ? y : 0.0f;
+}
+
+// Half to even, for |y| < 2^22.
+COMMKIT_INLINE float nearest(float y) {
+  constexpr float kShift = 0x1.8p23f;
+  return (y + kShift) - kShift;
+}
+
+COMMKIT_INLINE void round_nearest(const float *__restrict x, int64_t n, float inverse, float top,
+                                  int8_t *__restrict codes) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = nearest(clamped(x[i] * inverse, top));
+    codes[i] = static_cast<int8_t>(static_cast<int32_t>(y));
+  }
+}
+
+COMMKIT_INLINE void round_randomly(const float *__restrict x, int64_t n, float inverse, float top,
+                                   const uint32_t *keys, uint32_t first, int8_t *__restrict codes) {
+  const uint32_t k0 = keys[0], k1 = keys[1];
+  for (int64_t i = 0; i < n; ++i) {
+    const float u = uniform(first + static_cast<uint32_t>(i), k0, k1);
+    const float y = clamped(x[i] * inverse + u, top);
+    // Down: conversion cuts towards zero.
+    const auto cut = static_cast<int32_t>(y);
+    codes[i] = static_cast<int8_t>(cut - (static_cast<float>(cut) > y));
+  }
+}
+
+COMMKIT_INLINE void pack_nibbles(const int8_t *__restrict codes, int64_t n,
+                                 uint8_t *__restrict packed) {
+  for (int64_t j = 0; j < n / 2; ++j)
+    packed[j] =
+        static_cast<uint8_t>(((codes[2 * j] + 8) & 15) | ((codes[2 * j + 1] + 8) & 15) << 4);
+  if (n % 2)
+    packed[n / 2] = static_cast<uint8_t>((codes[n - 1] + 8) & 15);
+}
+
+COMMKIT_INLINE void unpack_nibbles(const uint8_t *__restrict packed, int64_t n,
+                                   int8_t *__restrict codes) {
+  for (int64_t j = 0; j < n / 2; ++j) {
+    codes[2 * j] = static_cast<int8_t>((packed[j] & 15) - 8);
+    codes[2 * j + 1] = static_cast<int8_t>((packed[j] >> 4) - 8);
+  }
+  if (n % 2)
+    codes[n - 1] = static_cast<int8_t>((packed[n / 2] & 15) - 8);
+}
+
+// Dividing by 1 changes nothing but takes its time.
+COMMKIT_INLINE void scale_codes(const int8_t *__restrict codes, int64_t n, float scale,
+                                float divisor, float *__restrict out) {
+  if (divisor == 1)
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = static_cast<float>(codes[i]) * scale;
+  else
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = static_cast<float>(codes[i]) * scale / divisor;
+}
+
+COMMKIT_INLINE void add_scaled_codes(const int8_t *__restrict codes, int64_t n, float scale,
+                                     float divisor, float *__restrict out) {
+  if (divisor == 1)
+    for (int64_t i = 0; i < n; ++i)
+      out[i] += static_cast<float>(codes[i]) * scale;
+  else
+    for (int64_t i = 0; i < n; ++i)
+      out[i] += static_cast<float>(codes[i]) * scale / divisor;
+}
+
+COMMKIT_INLINE void add(const float *x, int64_t n, float *out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] += x[i];
+}
+
+COMMKIT_INLINE void ternarize(const float *__restrict x, int64_t n, float divisor,
+                              const uint32_t *keys, uint32_t first, int8_t *__restrict codes) {
+  const uint32_t k0 = keys[0], k1 = keys[1];
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = uniform(first + static_cast<uint32_t>(i), k0, k1) < std::fabs(x[i]) / divisor;
+    const int sign = (x[i] > 0) - (x[i] < 0);
+    codes[i] = static_cast<int8_t>(kept ? sign : 0);
+  }
+}
+
+COMMKIT_INLINE void pack_ternary(const int8_t *__restrict codes, int64_t n,
+                                 uint8_t *__restrict packed) {
+  const int64_t whole = n / 4;
+  for (int64_t j = 0; j < whole; ++j) {
+    const int8_t *c = codes + 4 * j;
+    packed[j] = static_cast<uint8_t>(((c[0] + 1) & 3) | ((c[1] + 1) & 3) << 2 |
+                                     ((c[2] + 1) & 3) << 4 | ((c[3] + 1) & 3) << 6);
+  }
+  if (n % 4) {
+    unsigned byte = 0;
+    for (int64_t k = 0; k < n % 4; ++k)
+      byte |= static_cast<unsigned>((codes[4 * whole + k] + 1) & 3) << (2 * k);
+    packed[whole] = static_cast<uint8_t>(byte);
+  }
+}
+
+COMMKIT_INLINE void unpack_ternary(const uint8_t *__restrict packed, int64_t n,
+                                   float *__restrict out) {
+  for (int64_t j = 0; j < n / 4; ++j)
+    for (int k = 0; k < 4; ++k)
+      out[4 * j + k] = static_cast<float>(((packed[j] >> (2 * k)) & 3) - 1);
+  for (int64_t i = n - n % 4; i < n; ++i)
+    out[i] = static_cast<float>(((packed[i / 4] >> (2 * (i % 4))) & 3) - 1);
+}
+
+COMMKIT_INLINE int64_t select(const float *x, int64_t from, int64_t n, float threshold,
+                              int64_t first, int64_t *out) {
+  int64_t count = 0;
+  for (int64_t i = from; i < n; ++i)
+    if (std::fabs(x[i]) >= threshold)
+      out[count++] = first + i;
+  return count;
+}
+
+COMMKIT_INLINE void widen_bfloat16(const uint16_t *x, int64_t n, float *out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = float_of(static_cast<uint32_t>(x[i]) << 16);
+}
+
+COMMKIT_INLINE float widened(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t rest = h & 0x7FFFu;
+  if (rest >= 0x7C00u) // inf and NaN
+    return float_of(sign | 0x7F800000u | (rest & 0x3FFu) << 13);
+  // The exponent's bias is moved by a product, which is exact for denormals too.
+  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+}
+
+COMMKIT_INLINE void widen_float16(const uint16_t *x, int64_t n, float *out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = widened(x[i]);
+}
+
+} // namespace loops
+} // namespace commkit

@@ -1,0 +1,286 @@
+"""Compiled kernels against the reference: the same bits, whatever the length, the alignment, the number of
+threads and the instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from commkit import ops
+from commkit.ops import native, reference
+
+from .native_levels import levels, needs_native, running
+
+pytestmark = needs_native
+
+# Around every boundary: a byte, a vector, a chunk of 1024, a block of 64.
+LENGTHS = (*range(70), 127, 128, 129, 1000, 1023, 1024, 1025, 2047, 2049, 4095, 4096, 4097)
+LONG = 10**7 + 3
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BLOCK = 64
+
+every_level = pytest.mark.parametrize("level", levels())
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+Result = torch.Tensor | tuple[torch.Tensor, ...] | None
+
+
+def values(n: int, dtype: torch.dtype = torch.float32, at: int = 1) -> torch.Tensor:
+    """Zeros of both signs, infinities, NaN and denormals among them; it begins ``at`` elements into its
+    memory, so not at a multiple of a vector."""
+    x = torch.randn(n + at, generator=torch.Generator().manual_seed(n)) ** 3
+    for first, step, special in (
+        (1, 5, 0.0),
+        (2, 7, -0.0),
+        (40, 101, torch.inf),
+        (41, 103, -torch.inf),
+        (42, 107, torch.nan),
+        (43, 109, 1e-41),
+    ):
+        x[first::step] = special
+    return x.to(dtype)[at:]
+
+
+def finite(n: int, dtype: torch.dtype = torch.float32, at: int = 1) -> torch.Tensor:
+    return values(n, dtype, at).nan_to_num(0.5, 3.0, -3.0)
+
+
+def codes(n: int, top: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(-top, top + 1, (n + 1,), generator=generator).to(torch.int8)[1:]
+
+
+def rows(n: int, count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    bits = [reference.pack_signs(finite(n) - r) for r in range(count)]
+    return bits, torch.tensor([0.3, -1.7, 0.0, 1e-30, 7.1][:count])
+
+
+def blocks(n: int, bits: int, count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    quantized = [
+        reference.quantize_blocks(finite(n) * (r + 1), bits, BLOCK, True, r) for r in range(count)
+    ]
+    return [q[0] for q in quantized], [q[1] for q in quantized]
+
+
+def in_place(name: str, n: int, *arguments: Any) -> Callable[[Any], torch.Tensor]:
+    """Calls an in-place operator of a module on a fresh unaligned tensor and returns that."""
+
+    def call(module: Any) -> torch.Tensor:
+        out = finite(n)
+        getattr(module, name)(out, *arguments)
+        return out
+
+    return call
+
+
+def indices_of(n: int) -> torch.Tensor:
+    return torch.arange(0, n, 3, dtype=torch.int32)
+
+
+def noise_of(n: int) -> Callable[[Any], Result]:
+    return lambda m: m.uniform_noise(n, 2**40 + 5, torch.device("cpu"))
+
+
+# Name -> what to call for n elements, with ``ops`` or with ``reference``.
+EXACT: dict[str, Callable[[int], Callable[[Any], Result]]] = {
+    "noise": noise_of,
+    **{
+        f"pack_signs {dtype}": lambda n, d=dtype: lambda m: m.pack_signs(values(n, d))
+        for dtype in DTYPES
+    },
+    "bits of encode_signs": lambda n: lambda m: m.encode_signs(values(n))[0],
+    "unpack_signs": lambda n: lambda m: m.unpack_signs(rows(n, 1)[0][0], n, torch.float32),
+    **{
+        f"{name} {count}": lambda n, a=name, c=count: in_place(a, n, *rows(n, c))
+        for name in ("write_signs_", "accumulate_signs_")
+        for count in (1, 2, 5)
+    },
+    **{
+        f"quantize_blocks {bits} {stochastic} {dtype}": lambda n, b=bits, s=stochastic, d=dtype: (
+            lambda m: m.quantize_blocks(finite(n, d), b, BLOCK, s, 5)
+        )
+        for bits in (4, 8)
+        for stochastic in (False, True)
+        for dtype in DTYPES
+    },
+    **{
+        f"dequantize_blocks {bits}": lambda n, b=bits: (
+            lambda m: m.dequantize_blocks(*(part[0] for part in blocks(n, b, 1)), n, b, BLOCK)
+        )
+        for bits in (4, 8)
+    },
+    **{
+        f"{name} {bits} {count}": lambda n, a=name, b=bits, c=count: in_place(
+            a, n, *blocks(n, b, c), b, BLOCK, c
+        )
+        for name in ("write_blocks_", "accumulate_blocks_")
+        for bits in (4, 8)
+        for count in (1, 3)
+    },
+    **{
+        f"ternarize {dtype}": lambda n, d=dtype: (
+            lambda m: m.ternarize(finite(n, d), torch.tensor(2.5), 9)
+        )
+        for dtype in DTYPES
+    },
+    "ternarize by nothing": lambda n: lambda m: m.ternarize(finite(n), torch.tensor(0.0), 9),
+    "pack_ternary": lambda n: lambda m: m.pack_ternary(codes(n, 1)),
+    "unpack_ternary": lambda n: (
+        lambda m: m.unpack_ternary(reference.pack_ternary(codes(n, 1)), n, torch.float32)
+    ),
+    "pack_nibbles": lambda n: lambda m: m.pack_nibbles(codes(n, 7)),
+    "select_at_least": lambda n: lambda m: m.select_at_least(values(n), torch.tensor(1.5)),
+    "select_at_least of all": lambda n: lambda m: m.select_at_least(finite(n), torch.tensor(0.0)),
+    "scatter_accumulate_": lambda n: in_place(
+        "scatter_accumulate_", n, indices_of(n), finite(-(-n // 3))
+    ),
+}
+
+
+def assert_same(got: Result, wanted: Result) -> None:
+    pairs = [(got, wanted)] if isinstance(got, torch.Tensor) else zip(got, wanted, strict=True)
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes()
+
+
+@every_level
+@pytest.mark.parametrize("name", EXACT)
+def test_same_bits_as_the_reference(name: str, level: str) -> None:
+    for n in LENGTHS:
+        call = EXACT[name](n)
+        with running(level):
+            got = call(ops)
+        assert_same(got, call(reference))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_same_bits_on_any_number_of_threads(name: str) -> None:
+    n = (1 << 20) + 77  # enough for seven
+    call = EXACT[name](n)
+    wanted = call(reference)
+    for threads in (1, 2, 7):
+        with running("", threads):
+            assert_same(call(ops), wanted)
+
+
+@every_level
+@pytest.mark.parametrize("name", ["pack_signs torch.float32", "pack_ternary", "pack_nibbles"])
+def test_packing_ten_million(name: str, level: str) -> None:
+    call = EXACT[name](LONG)
+    wanted = call(reference)
+    for threads in (1, 2):
+        with running(level, threads):
+            assert_same(call(ops), wanted)
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [0, 1, 7, 1000, 4097, (1 << 20) + 77])
+def test_the_mean_size_is_as_near_as_the_references(n: int, dtype: torch.dtype) -> None:
+    x = finite(n, dtype)
+    exact = float(x.double().abs().mean()) if n else 0.0
+    wanted = float(reference.encode_signs(x)[1])
+    means = set()
+    for level in levels():
+        for threads in (1, 2, 7):
+            with running(level, threads):
+                means.add(float(ops.encode_signs(x)[1]))
+    assert len(means) == 1, "one result, whatever computes it"
+    limit = max(2 * abs(wanted - exact), abs(exact) * 2**-24)
+    assert abs(means.pop() - exact) <= limit
+
+
+@every_level
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_mean_size_shows_what_is_not_finite(bad: float, level: str) -> None:
+    for place in (0, 5, 1030, 2048):
+        x = finite(2049)
+        x[place] = bad
+        with running(level):
+            assert not ops.encode_signs(x)[1].isfinite()
+
+
+@every_level
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block_size", [2, 62, 256, 4096, 1 << 14])
+def test_blocks_of_any_size(block_size: int, bits: int, stochastic: bool, level: str) -> None:
+    x = finite(2 * 4096 + 131)
+    with running(level):
+        got = ops.quantize_blocks(x, bits, block_size, stochastic, 1)
+        decoded = ops.dequantize_blocks(*got, x.numel(), bits, block_size)
+    assert_same(got, reference.quantize_blocks(x, bits, block_size, stochastic, 1))
+    assert_same(decoded, reference.dequantize_blocks(*got, x.numel(), bits, block_size))
+
+
+@every_level
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_with_bad_values_decode_alike(bits: int, level: str) -> None:
+    x = values(1000)
+    with running(level):
+        got = ops.quantize_blocks(x, bits, BLOCK, False, 0)
+    wanted = reference.quantize_blocks(x, bits, BLOCK, False, 0)
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1].nan_to_num(-1.0), wanted[1].nan_to_num(-1.0))
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x]).t().reshape(-1)[::2]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: m.pack_signs(x),
+        lambda m, x: m.quantize_blocks(x, 8, BLOCK, True, 1),
+        lambda m, x: m.ternarize(x, torch.tensor(1.0), 1),
+        lambda m, x: m.select_at_least(x, torch.tensor(1.0)),
+        lambda m, x: m.pack_ternary(torch.sign(x).to(torch.int8)),
+    ],
+)
+def test_strided_input_is_served_too(call: Callable[[Any, torch.Tensor], Result]) -> None:
+    x = finite(999)
+    assert not strided(x).is_contiguous()
+    assert_same(call(ops, strided(x)), call(reference, x))
+
+
+def test_strided_output_is_written() -> None:
+    bits, scales = rows(100, 2)
+    memory, dense = torch.ones(200), torch.ones(100)
+    ops.accumulate_signs_(memory[::2], bits, scales)
+    ops.accumulate_signs_(dense, bits, scales)
+    assert torch.equal(memory[::2], dense)
+    assert bool((memory[1::2] == 1).all())
+
+
+def test_nothing_is_written_beyond_the_end() -> None:
+    for n in (1, 31, 33, 1000):
+        memory = torch.full((n + 64,), 5.0)
+        ops.write_signs_(memory[32 : 32 + n], *rows(n, 2))
+        ops.write_blocks_(memory[32 : 32 + n], *blocks(n, 4, 1), 4, BLOCK, 1)
+        assert bool((memory[:32] == 5).all())
+        assert bool((memory[32 + n :] == 5).all())
+
+
+def test_an_index_outside_is_refused_and_nothing_is_done() -> None:
+    out = torch.zeros(4)
+    for bad in (-1, 4, 2**31 - 1):
+        indices = torch.tensor([0, bad], dtype=torch.int32)
+        with pytest.raises(IndexError):
+            ops.scatter_accumulate_(out, indices, torch.ones(2))
+    assert not out.any()
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="COMMKIT_CPU='sse9'"):
+        native.use_level("sse9")
+
+
+def test_operators_say_who_serves_them() -> None:
+    expected: Sequence[str] = ("pack_signs", "uniform_noise", "accumulate_blocks_")
+    assert native.served() >= set(expected)
+    assert native.status()["library"] == "loaded"
