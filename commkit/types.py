@@ -131,6 +131,11 @@ class Compressor(ABC):
         """``x -= decompress(payload)`` in place, bit for bit; ``x`` as ``out`` of :meth:`combine_into`."""
         x.sub_(self.decompress(payload, ctx).view(-1))
 
+    def places(self, payload: Payload, ctx: TensorCtx) -> Tensor | None:
+        """(k,) integers: the flat places where the decoded payload is not zero, if the payload itself says
+        so; None if it does not."""
+        return None
+
 
 @runtime_checkable
 class Feedback(Protocol):
@@ -208,6 +213,11 @@ class Aggregated:
     def mean_into(self, out: Tensor) -> None:
         """Write ``mean`` to ``out``, of its shape and of any dtype."""
         out.copy_(self.mean)
+
+    def sent_places(self) -> Tensor | None:
+        """(k,) integers: the flat places where what was sent is not zero. None: it is not sparse, or not
+        known without forming it."""
+        return None
 
     def take_sent_from(self, compensated: Tensor) -> bool:
         """The fused path of plain error feedback: subtract ``sent`` from ``compensated`` in place, if that

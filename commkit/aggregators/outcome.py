@@ -60,6 +60,14 @@ class Decoded(Aggregated):
             self._compressor.subtract_(part.of(flat), part.own, part.ctx)
         return True
 
+    def sent_places(self) -> Tensor | None:
+        found = [self._compressor.places(part.own, part.ctx) for part in self._parts]
+        known = [places for places in found if places is not None]
+        if not known or len(known) < len(found):
+            return None
+        starts = (part.start for part in self._parts)
+        return torch.cat([places + start for places, start in zip(known, starts, strict=True)])
+
     def _takes(self, x: Tensor) -> bool:
         return x.dtype == self._ctx.work_dtype and x.is_contiguous()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..feedback import ErrorFeedback, NoFeedback
+from ..feedback import ErrorFeedback, MomentumCorrection, NoFeedback
 from ..types import Aggregated, Compressor, Feedback, Payload, TensorCtx
 
 
@@ -15,6 +15,11 @@ def update_feedback(feedback: Feedback, delta: Tensor, outcome: Aggregated, key:
         return
     if isinstance(feedback, ErrorFeedback) and outcome.take_sent_from(delta):
         feedback.stage(key, delta)
+        return
+    places = outcome.sent_places() if isinstance(feedback, MomentumCorrection) else None
+    if places is not None and outcome.take_sent_from(delta):
+        assert isinstance(feedback, MomentumCorrection)
+        feedback.stage(key, delta, places)
     else:
         feedback.update(delta, outcome.sent, key)
 

@@ -87,6 +87,16 @@ class MomentumCorrection:
             velocity.masked_fill_(sent != 0, 0)
         self._unsent.stage(key, None if sent is compensated else compensated.sub_(sent))
 
+    def stage(self, key: str, unsent: Tensor, places: Tensor) -> None:
+        """Stage what a fused path has worked out: ``unsent``, and the flat places that were sent."""
+        velocity = self._velocity.staged(key)
+        assert velocity is not None, "compensate() comes first"
+        if self.masking:
+            velocity = velocity.contiguous()
+            velocity.view(-1).index_fill_(0, places.long(), 0)
+            self._velocity.stage(key, velocity)
+        self._unsent.stage(key, unsent)
+
     def deliver(self, mean: Tensor, key: str) -> Tensor:
         return mean
 
