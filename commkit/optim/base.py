@@ -221,6 +221,14 @@ class CommOptimizer(Optimizer):
         """Bring everything that follows from state up to date."""
 
 
+def in_work_dtype(named: Mapping[str, Tensor], keys: Collection[str]) -> dict[str, Tensor]:
+    """``named``, those of ``keys`` in at least float32."""
+    return {
+        key: x.to(torch.promote_types(x.dtype, torch.float32)) if key in keys else x
+        for key, x in named.items()
+    }
+
+
 def _refuse_other_rank(saved_by: tuple[int, int], comm: Comm) -> None:
     here = (comm.rank, comm.world_size)
     if saved_by != here:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,10 +12,14 @@ from ..ops import two_norm
 from ..types import Comm
 
 
-def mean_norm(tensors: Iterable[Tensor], comm: Comm | None) -> float:
-    """2-norm of all tensors together; over ``comm``, the root of the mean of the ranks' squares: at least
-    the norm of the ranks' mean, and equal on all."""
-    norms = [two_norm(x) for x in tensors if x.numel()]
+def mean_norm(named: Mapping[str, Tensor], comm: Comm | None) -> float:
+    """2-norm of all tensors together, the same bits in whatever order they come; over ``comm``, the root of
+    the mean of the ranks' squares: at least the norm of the ranks' mean, and equal on all."""
+    norms = [
+        two_norm(x.to(torch.promote_types(x.dtype, torch.float32)))
+        for _, x in sorted(named.items())
+        if x.numel()
+    ]
     if not norms:
         return 0.0
     total = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))

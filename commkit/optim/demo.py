@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..aggregators import AllGather
@@ -14,8 +13,8 @@ from ..compressors import DCTTopK
 from ..feedback import ErrorFeedback
 from ..policy import Policy
 from ..types import Comm, TensorCtx
-from .base import CommOptimizer, OptimizerReducer, Parameters
-from .settings import require_at_least_zero, require_known
+from .base import CommOptimizer, OptimizerReducer, Parameters, in_work_dtype
+from .settings import check_group
 
 _MOMENTUM = "momentum"
 
@@ -94,18 +93,14 @@ class DeMo(CommOptimizer):
         Raises:
             ValueError: the group sets anything but ``lr`` and ``weight_decay``, or a negative one.
         """
-        require_known(param_group, self.defaults, type(self).__name__)
-        require_at_least_zero({k: param_group.get(k, v) for k, v in self.defaults.items()})
+        check_group(param_group, self.defaults, type(self).__name__)
         super().add_param_group(param_group)
 
     def outgoing(
         self, named: dict[str, Tensor], compressed: Collection[str], comm: Comm
     ) -> dict[str, Tensor]:
         # A mean in half precision may be zero where the sign of the true one is not.
-        return {
-            key: x.to(torch.promote_types(x.dtype, torch.float32)) if key in compressed else x
-            for key, x in named.items()
-        }
+        return in_work_dtype(named, compressed)
 
     def apply(self) -> None:
         for name, p in self._parameters.items():

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..aggregators import AllGather
 from ..compressors import TopK
 from ..feedback import MomentumCorrection
-from ..ops import two_norm
 from ..policy import Policy
 from ..types import Comm
-from .base import CommOptimizer, OptimizerReducer, Parameters
-from .settings import require_at_least_zero, require_known
+from .base import CommOptimizer, OptimizerReducer, Parameters, in_work_dtype
+from .clipping import clip_coefficient, mean_norm
+from .settings import check_group, require_at_least_zero
 
 _MOMENTUM, _DECAY = "momentum_buffer", "decay_momentum"
 
@@ -112,8 +111,7 @@ class DGCSGD(CommOptimizer):
         Raises:
             ValueError: the group sets anything but ``lr`` and ``weight_decay``, or a negative one.
         """
-        require_known(param_group, self.defaults, type(self).__name__)
-        require_at_least_zero({k: param_group.get(k, v) for k, v in self.defaults.items()})
+        check_group(param_group, self.defaults, type(self).__name__)
         super().add_param_group(param_group)
 
     def outgoing(
@@ -122,12 +120,13 @@ class DGCSGD(CommOptimizer):
         held = filter(self._correction.holds, named)
         self._flushed.update(key for key in held if key not in compressed)
         if self.clip_norm:
-            _clip(named, self.clip_norm / comm.world_size**0.5)
+            norm = mean_norm(named, None)
+            coefficient = clip_coefficient(norm, self.clip_norm / comm.world_size**0.5)
+            if coefficient < 1:
+                for x in named.values():
+                    x.mul_(coefficient)
         # In half precision the mean of messages would lose what the feedback takes for delivered.
-        return {
-            key: x.to(torch.promote_types(x.dtype, torch.float32)) if key in compressed else x
-            for key, x in named.items()
-        }
+        return in_work_dtype(named, compressed)
 
     def apply(self) -> None:
         direct, self._flushed = self.reducer.compressed | self._flushed, set()
@@ -166,17 +165,3 @@ class DGCSGD(CommOptimizer):
         buffer: Tensor | None = self.state[p].get(_MOMENTUM)
         # Nesterov's u is mu times SGD's buffer: u' = mu (u + g) where b' = mu b + g.
         return buffer * self.momentum if buffer is not None and self.nesterov else buffer
-
-
-def _clip(named: Mapping[str, Tensor], limit: float) -> None:
-    """Scale all to a common 2-norm of at most ``limit``, in place. What is not finite stays so, and the
-    reduction will say so."""
-    norms = [
-        two_norm(x.to(torch.promote_types(x.dtype, torch.float32))).to(torch.float64)
-        for _, x in sorted(named.items())  # sums have the same bits whatever the order of buckets
-        if x.numel()
-    ]
-    norm = float(torch.stack(norms).norm()) if norms else 0.0
-    if limit < norm < float("inf"):
-        for x in named.values():
-            x.mul_(limit / norm)

@@ -38,6 +38,7 @@ class OneBitOptimizer(CommOptimizer):
     """
 
     supports_zero = True
+    corrects_bias = True  # of the variance, when it is frozen
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class OneBitOptimizer(CommOptimizer):
         self._prepare([key for key in compressed if key not in self._coordinates], comm)
         coefficient = 1.0
         if compressed and self.reducer.whole_step:
-            norm = mean_norm(named.values(), comm)
+            norm = mean_norm(named, comm)
             coefficient = clip_coefficient(norm, self._max_grad_norm)
         sent: dict[str, Tensor] = {}
         for key, g in named.items():
@@ -158,7 +159,7 @@ class OneBitOptimizer(CommOptimizer):
         compressed = self.reducer.compressed
         arrived = {name: self.arrived(name) for name in self._parameters}
         if self._max_grad_norm > 0 and not (compressed and self.reducer.whole_step):
-            norm = mean_norm(arrived.values(), None)
+            norm = mean_norm(arrived, None)
             coefficient = clip_coefficient(norm, self._max_grad_norm)
             if coefficient < 1:
                 arrived = {name: x * coefficient for name, x in arrived.items()}
@@ -196,7 +197,8 @@ class OneBitOptimizer(CommOptimizer):
         Where it is 0 the denominator is infinite: such coordinates do not move."""
         v = state.pop("exp_avg_sq")
         unseen = v == 0
-        v.div_(1 - group["betas"][1] ** float(state["step"]))
+        if self.corrects_bias:
+            v.div_(1 - group["betas"][1] ** float(state["step"]))
         if self._variance_floor > 0:
             v.clamp_(min=self._variance_floor * float(v.mean()))
         state["denominator"] = v.sqrt_().add_(group["eps"]).masked_fill_(unseen, torch.inf)

@@ -51,6 +51,8 @@ class OneBitLamb(OneBitOptimizer):
         ValueError: a value out of range, or freeze_step before warmup_steps.
     """
 
+    corrects_bias = False
+
     def __init__(
         self,
         params: Parameters,
@@ -122,11 +124,7 @@ class OneBitLamb(OneBitOptimizer):
     def freeze(self, state: dict[str, Any], group: dict[str, Any]) -> None:
         state["fresh_avg_sq"] = state["exp_avg_sq"].clone()
         state["factor"] = 1.0
-        v = state.pop("exp_avg_sq")
-        unseen = v == 0
-        if self._variance_floor > 0:
-            v.clamp_(min=self._variance_floor * float(v.mean()))
-        state["denominator"] = v.sqrt_().add_(group["eps"]).masked_fill_(unseen, torch.inf)
+        super().freeze(state, group)
 
     def apply_compressed(
         self, p: Tensor, momentum: Tensor, state: dict[str, Any], group: dict[str, Any]

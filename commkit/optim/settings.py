@@ -23,6 +23,16 @@ def require_known(group: Mapping[str, Any], known: Collection[str], owner: str) 
             )
 
 
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, float], owner: str) -> None:
+    """A parameter group of an optimizer whose ``defaults`` are what may differ between groups.
+
+    Raises:
+        ValueError: it sets anything else, or a negative number.
+    """
+    require_known(group, defaults, owner)
+    require_at_least_zero({name: group.get(name, value) for name, value in defaults.items()})
+
+
 def require_at_least_zero(settings: Mapping[str, float]) -> None:
     """
     Raises:
