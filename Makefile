@@ -1,6 +1,6 @@
 # make train    train the reference model twice (plain DDP, then compressed) and compare
 # make test     the test suite
-# make check    linters and types
+# make check    linters and types, and that the CUDA kernels compile
 # make bench    the benchmarks, as ratios within one run
 # make asan     the kernels' tests under the address and undefined-behaviour sanitizers
 # make venv     .venv with everything the above need
@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -33,7 +33,10 @@ check: venv
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 	@if command -v clang-format >/dev/null && ls csrc/*.cpp >/dev/null 2>&1; then \
-	    clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu'); fi
+	    clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu' 'tests/ops/cuda_emulation/*'); fi
+	@if [ -x "$$CUDA_HOME/bin/nvcc" ] || command -v nvcc >/dev/null; then \
+	    echo "compiling the CUDA kernels" && $(PY) csrc/cuda/compile.py build/check/_kernels_cuda.so; \
+	    else echo "no nvcc: whether the CUDA kernels compile was not checked"; fi
 
 bench: venv
 	$(PY) benchmarks/run_all.py $(ARGS)
@@ -47,11 +50,13 @@ asan: venv
 	    csrc/*.cpp -o build/asan/commkit/ops/_kernels.so
 	cd build/asan && COMMKIT_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(abspath $(PY)) -m pytest -q tests/ops/test_native.py tests/ops/test_in_place.py $(ARGS)
+	    $(abspath $(PY)) -m pytest -q \
+	    $(addprefix tests/ops/test_,native.py in_place.py e3m0.py selection.py tiles.py updates.py) \
+	    $(ARGS)
 
 format: venv
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build commkit/ops/_kernels.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build commkit/ops/_kernels*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

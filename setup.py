@@ -1,11 +1,14 @@
 """Builds commkit and its compiled kernels. Everything declarative is in pyproject.toml.
 
 ``COMMKIT_NATIVE``: auto (the default) compiles the kernels of csrc/ if it can and else says that it did not,
-1 fails where it cannot, 0 does not try. torch is not needed to build, and the result fits any Python and torch.
+1 fails where it cannot, 0 does not try. ``COMMKIT_CUDA`` says the same of csrc/cuda and nvcc, and
+``COMMKIT_CUDA_ARCH`` what to compile for: see csrc/cuda/compile.py. torch is not needed to build, and the result
+fits any Python and torch.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,9 +23,16 @@ except ImportError:  # before setuptools 70
     bdist_wheel = None
 
 MODES = ("auto", "0", "1")
-MODE = os.environ.get("COMMKIT_NATIVE", "auto")
-if MODE not in MODES:
-    sys.exit(f"COMMKIT_NATIVE={MODE!r} must be one of {', '.join(MODES)}")
+
+
+def chosen(variable: str) -> str:
+    mode = os.environ.get(variable, "auto")
+    if mode not in MODES:
+        sys.exit(f"{variable}={mode!r} must be one of {', '.join(MODES)}")
+    return mode
+
+
+NATIVE, CUDA = chosen("COMMKIT_NATIVE"), chosen("COMMKIT_CUDA")
 
 # Contraction would make results depend on whether the processor has fused multiply-add.
 COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
@@ -48,8 +58,31 @@ def kernels() -> Extension:
     )
 
 
+class CudaExtension(Extension):
+    """Compiled by csrc/cuda/compile.py."""
+
+
+def cuda_kernels() -> CudaExtension:
+    folder = Path(__file__).parent / "csrc/cuda"
+    others = sorted(
+        f"csrc/cuda/{path.name}" for path in [*folder.glob("*.h"), *folder.glob("*.py")]
+    )
+    sources = sorted(f"csrc/cuda/{path.name}" for path in folder.glob("*.cu"))
+    return CudaExtension("commkit.ops._kernels_cuda", sources, depends=others)
+
+
+def compile_cuda(target: Path) -> None:
+    path = Path(__file__).parent / "csrc/cuda/compile.py"
+    spec = importlib.util.spec_from_file_location("commkit_compile_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.compile_kernels(target)
+
+
 class BuildKernels(build_ext):
-    """A shared object that is no Python module, and may be missing."""
+    """Shared objects that are no Python modules, and may be missing."""
 
     def get_ext_filename(self, ext_name: str) -> str:
         return str(Path(*ext_name.split("."))) + ".so"
@@ -58,15 +91,19 @@ class BuildKernels(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
-        self._built(ext).unlink(
-            missing_ok=True
-        )  # what fails must not leave an older build in place
+        cuda = isinstance(ext, CudaExtension)
+        # What fails must not leave an older build in place.
+        self._built(ext).unlink(missing_ok=True)
         try:
-            super().build_extension(ext)
+            if cuda:
+                compile_cuda(self._built(ext))
+            else:
+                super().build_extension(ext)
         except Exception as error:  # of one class or another, from version to version
-            if MODE == "1":
+            if (CUDA if cuda else NATIVE) == "1":
                 raise
-            print(f"commkit: no compiled kernels, pure torch instead: {error}", file=sys.stderr)
+            kind = "CUDA" if cuda else "compiled"
+            print(f"commkit: no {kind} kernels, pure torch instead: {error}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
         every = self.extensions
@@ -98,4 +135,7 @@ if bdist_wheel is not None:
 
     commands["bdist_wheel"] = Wheel
 
-setup(ext_modules=[] if MODE == "0" else [kernels()], cmdclass=commands)
+extensions = [kernels()] if NATIVE != "0" else []
+if CUDA != "0":
+    extensions.append(cuda_kernels())
+setup(ext_modules=extensions, cmdclass=commands)

@@ -1,29 +1,35 @@
 """commkit: training that is fast where the network is slow."""
 
-from . import checkpoint, optim, schemes
-from .adapters.alarm import RankFailure
+from . import checkpoint, optim, outer, schemes
 from .adapters.at_step import StepHandle
 from .adapters.attach import attach
 from .adapters.ddp import Handle, ddp_comm_hook, ddp_hook
 from .config import ConfigError
 from .metrics import StepStats
+from .outer import DiLoCo, LocalSGD, RoundAborted, SyncOptions
 from .policy import Policy
 from .reducer import Reducer
+from .runtime.alarm import RankFailure
 from .version import __version__
 
 __all__ = [
     "ConfigError",
+    "DiLoCo",
     "Handle",
+    "LocalSGD",
     "Policy",
     "RankFailure",
     "Reducer",
+    "RoundAborted",
     "StepHandle",
     "StepStats",
+    "SyncOptions",
     "__version__",
     "attach",
     "checkpoint",
     "ddp_comm_hook",
     "ddp_hook",
     "optim",
+    "outer",
     "schemes",
 ]

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from .comm import DistComm
 from .reducer import Reducer
 from .structure import flatten, unflatten
-from .types import NODE, RANK, SHARD, WHOLE, StateDict, Stateful
+from .types import NODE, RANK, SHARD, WHOLE, Resizable, StateDict, Stateful
 
 _REDUCER, _REPLICATED, _PER_RANK = "reducer", "replicated", "per_rank"
 
@@ -53,11 +53,12 @@ def save(
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
+    # On every rank and first: a method with rounds in flight waits for them here, until when a reducer is at work.
+    common = {key: _shared_state_of(item) for key, item in replicated.items()}
     own = {key: item.state_dict() for key, item in per_rank.items()}
     state = _prefixed(f"{_PER_RANK}/{_rank(comm.rank)}/", flatten(own))
     state |= _prefixed(f"{_REDUCER}/{_rank(comm.rank)}/", reducer.state_dict())
     if comm.rank == 0:
-        common = {key: _shared_state_of(item) for key, item in replicated.items()}
         state |= _prefixed(f"{_REPLICATED}/", flatten(common))
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -109,6 +110,9 @@ def load(
         state = _read(directory, metadata, f"{_REDUCER}/{_rank(comm.rank)}/")
     else:
         state = _merged(directory, metadata, saved_by)
+        for item in replicated.values():
+            if isinstance(item, Resizable):
+                item.after_resize()
     reducer.load_state_dict(state)
     comm.barrier()
 

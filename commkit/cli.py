@@ -101,8 +101,8 @@ def schemes(words: Sequence[str]) -> int:
         print(line)
     print(
         "\nMeasured with default knobs on a 1000 x 1000 float32 tensor and two ranks: payload is "
-        "handed to\ncollectives in one step, wire is what a rank sends for it, state is kept "
-        "between steps."
+        "handed to\nthe network in one step, round or task, wire is what a rank sends for it, state is kept "
+        "in between.\nSchemes with a coordinator: what a worker sends and keeps."
     )
     return 0
 
@@ -123,13 +123,14 @@ def doctor(words: Sequence[str]) -> int:
 
 
 def _table(cards: Sequence[SchemeCard]) -> list[str]:
-    header = ("name", "payload/M", "wire/M", "state/elem", "works with", "what it is")
+    header = ("name", "per", "payload/M", "wire/M", "state/elem", "works with", "what it is")
     rows = [header]
     for card in cards:
         paper = f" ({card.paper})" if card.paper else ""
         rows.append(
             (
                 card.name,
+                card.every,
                 _number(card.payload_bytes, ",d"),
                 _number(card.wire_bytes, ",d"),
                 _number(card.state_bytes, ".2f"),

@@ -6,7 +6,7 @@ Each call counts the bytes that it sends and the time that it takes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .types import ByteCounter, ReduceOp
 
+_PEER = {dist.isend: "group_dst", dist.irecv: "group_src"}
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 # torch 2.13 renamed all_gather_into_tensor and warns about the old name; 2.11 knows only that one.
@@ -103,6 +104,38 @@ class DistComm:
             self._count("broadcast", nbytes(x), wire, start)
         return x
 
+    def exchange(
+        self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int = 0
+    ) -> set[int]:
+        start = time.perf_counter()
+        lost: set[int] = set()
+        if dist.get_backend(self.group) == "nccl":  # knows no tags and has to see both ways at once
+            ops = [self._op(dist.isend, x, peer) for peer, x in sends.items()]
+            ops += [self._op(dist.irecv, x, peer) for peer, x in receives.items()]
+            for done in dist.batch_isend_irecv(ops) if ops else []:
+                done.wait()
+        else:
+            pending: list[tuple[int, Any]] = []
+            for begin, tensors in ((dist.irecv, receives), (dist.isend, sends)):
+                for peer, x in tensors.items():
+                    try:
+                        work = begin(x, group=self.group, tag=tag, **{_PEER[begin]: peer})
+                    except RuntimeError:  # its process has ended
+                        lost.add(peer)
+                    else:
+                        pending.append((peer, work))
+            for peer, work in pending:
+                try:
+                    work.wait()
+                except RuntimeError:
+                    lost.add(peer)
+        size = sum(map(nbytes, sends.values()))
+        self._count("exchange", size, size, start)
+        return lost
+
+    def _op(self, op: Callable[..., Any], x: Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(op, x, group=self.group, group_peer=peer)
+
     def all_gather_object(self, obj: Any) -> list[Any]:
         gathered: list[Any] = [None] * self._world_size
         dist.all_gather_object(gathered, obj, group=self.group)
@@ -140,6 +173,18 @@ def part_of(groups: Sequence[Sequence[int]], rank: int, world_size: int) -> tupl
             f"{world_size - 1} exactly once"
         )
     return next(tuple(sorted(group)) for group in groups if rank in group)
+
+
+def require_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """``group``, or the default group.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    group = group if group is not None else dist.group.WORLD
+    if group is None:
+        raise RuntimeError("torch.distributed is not initialised; call init_process_group() first")
+    return group
 
 
 def new_group_like(

@@ -7,6 +7,7 @@ says where (``scheme.rank``), what it found, and what would do.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import types
 import typing
@@ -17,9 +18,12 @@ from typing import Any, TypeVar, cast
 import pydantic
 import yaml
 
+from .outer import AdaptiveRank, GossipSchedule, Penalty, PushRule, SyncOptions
+from .outer.topologies import Topology
 from .policy import Policy
 from .reducer import Reducer
 from .registry import Kind, did_you_mean, lookup
+from .straggler import CodeFamily, CoordinationOptions
 from .types import Aggregator, Compressor, Feedback
 
 _PART_KINDS: dict[Any, Kind] = {
@@ -27,7 +31,12 @@ _PART_KINDS: dict[Any, Kind] = {
     Feedback: "feedback",
     Aggregator: "aggregator",
     Reducer: "scheme",
+    Topology: "topology",
+    PushRule: "push_rule",
+    CodeFamily: "code",
 }
+# Given as a mapping of their fields, without a name.
+_PLAIN = (AdaptiveRank, CoordinationOptions, GossipSchedule, Penalty, Policy, SyncOptions)
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
@@ -163,13 +172,28 @@ def _call(factory: Any, fields: Mapping[str, Any], path: str) -> Any:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
+    if value is None and any(option in _PART_KINDS for option in _options(hint)):
+        if type(None) in _options(hint):
+            return None
+        raise ConfigError(f"{path} is null; give it a name or a block")
     for option in _options(hint):
-        if option in _PART_KINDS and value is not None:
-            return build(_PART_KINDS[option], value, path)
-        if option is Policy and isinstance(value, Mapping):
-            return _call(Policy, value, path)
+        if option in _PART_KINDS:
+            part = build(_PART_KINDS[option], value, path)
+            if option is Reducer and not isinstance(
+                part, tuple(o for o in _options(hint) if isinstance(o, type))
+            ):
+                raise ConfigError(
+                    f"{path}={value!r} is a {type(part).__name__}, which cannot go here; give a scheme that "
+                    "reduces what it is given, such as int8 or powersgd"
+                )
+            return part
+        if option in _PLAIN and isinstance(value, Mapping):
+            return _call(option, value, path)
     try:
         adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(hint)
+        if isinstance(value, list) and any(isinstance(item, list) for item in value):
+            # YAML knows no tuples; what reads JSON takes lists for them, and is as strict otherwise.
+            return adapter.validate_json(json.dumps(value), strict=True)
         return adapter.validate_python(value, strict=True)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{path}={value!r}: {error.errors()[0]['msg'].lower()}") from None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import inspect
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -17,23 +20,35 @@ import torch.distributed as dist
 from .config import ConfigError
 from .ops import OPS, native
 from .optim import OptimizerScheme
+from .outer import AsyncScheme, OuterScheme
 from .reducer import Reducer
 from .registry import lookup, names
+from .runtime.codec import Codec
 from .schemes import make_scheme
-from .sim import ThreadComm, run_threads
+from .sim import ThreadComm, ThreadNetwork, run_threads
+from .straggler import Share, StragglerScheme
 from .types import SHARED
 from .version import __version__
 
 SIDE = 1000  # the tensor that schemes are measured on has SIDE x SIDE elements: a million
 _STEPS = 2  # the second finds all state in place
 # Settings under which the second step is one of the compressed stage.
-_MEASURED_WITH = {
+_MEASURED_WITH: dict[str, dict[str, Any]] = {
     "onebit_adam": {"freeze_step": 1},
     "onebit_lamb": {"freeze_step": 1},
     "zero_one_adam": {"var_freeze_step": 1},
+    "a_edit": {"sync_seconds": 1e-9, "min_total_steps": 1},
+    "monna": {"num_faulty": 0},  # two ranks cannot stand any
+    "post_local_sgd": {"switch_step": 0},
+    "single_merge": {"p_gossip": 1.0},  # a round in which there is a meeting
 }
 _PAPER = re.compile(r"\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")
 _WRAPPERS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}
+_WORKS_WITH: dict[str, tuple[str, ...]] = {
+    "round": ("plain module",),
+    "task": ("plain module",),
+    "": ("Python alone",),
+}
 _REQUIRED = ("torch", "numpy", "pydantic", "PyYAML")
 _OPTIONAL = ("torchdata", "tqdm", "tyro", "matplotlib", "scikit-learn", "mpi4py", "deepspeed")
 
@@ -47,7 +62,9 @@ class SchemeCard:
         description: the first sentence of its docstring.
         paper: that the docstring cites; empty if none.
         wrappers: what it can be attached to.
-        payload_bytes: per step and million float32 parameters, mean of two ranks; None if the
+        every: what payload_bytes and wire_bytes are sent in, "step", "round", or "task" of a worker and its server;
+            empty if nothing is sent.
+        payload_bytes: per step or round and million float32 parameters, mean of two ranks; None if the
             scheme cannot be built without knobs.
         wire_bytes: sent for that.
         state_bytes: per parameter, between steps, mean of two ranks.
@@ -57,6 +74,7 @@ class SchemeCard:
     description: str
     paper: str
     wrappers: tuple[str, ...]
+    every: str
     payload_bytes: int | None
     wire_bytes: int | None
     state_bytes: float | None
@@ -89,13 +107,14 @@ def installation() -> dict[str, Any]:
         "devices": {"cpu_threads": torch.get_num_threads(), "gpus": torch.cuda.device_count()},
         "backends": _backends(),
         "compiled kernels": native.status(),
-        "kernels": kernels(),
+        "kernels": kernels("cpu"),
+        **({"CUDA kernels": kernels("cuda")} if torch.cuda.device_count() else {}),
     }
 
 
-def kernels() -> dict[str, str]:
-    """Which kernel serves each operator on the CPU: the pure-torch reference or a compiled one."""
-    compiled = native.served()
+def kernels(device_type: str) -> dict[str, str]:
+    """Which kernel serves each operator on "cpu" or "cuda": the pure-torch reference or a compiled one."""
+    compiled = native.served(device_type)
     return {
         name: "compiled" if name in compiled else "pure-torch reference" for name in sorted(OPS)
     }
@@ -105,34 +124,134 @@ def _card(name: str) -> SchemeCard:
     text = " ".join((inspect.getdoc(lookup("scheme", name)) or "").split("\n\n")[0].split())
     paper = _PAPER.search(text)
     sentence, _, _ = _PAPER.sub("", text).partition(". ")
-    payload, wire, state = _measure(name)
+    cost = _measure(name)
     return SchemeCard(
         name=name,
         description=re.sub(r"\s+([,.:;])", r"\1", sentence).strip().rstrip(":."),
         paper=paper[1] if paper else "",
-        wrappers=wrappers(),
-        payload_bytes=payload,
-        wire_bytes=wire,
-        state_bytes=state,
+        wrappers=_WORKS_WITH[cost.every] if cost.every in _WORKS_WITH else wrappers(),
+        every=cost.every,
+        payload_bytes=cost.payload_bytes,
+        wire_bytes=cost.wire_bytes,
+        state_bytes=cost.state_bytes,
     )
 
 
-def _measure(name: str) -> tuple[int, int, float] | tuple[None, None, None]:
-    """``(payload bytes, wire bytes, state bytes per parameter)``; None without usable defaults."""
+@dataclass(frozen=True)
+class _Cost:
+    """As in :class:`SchemeCard`; None without usable defaults."""
+
+    every: str = "step"
+    payload_bytes: int | None = None
+    wire_bytes: int | None = None
+    state_bytes: float | None = None
+
+
+def _measure(name: str) -> _Cost:
+    if get_type_hints(lookup("scheme", name))["return"] is NoReturn:
+        return _Cost("")  # a name that says where else to look
     try:
-        make_scheme(name)
+        made = make_scheme(name, _MEASURED_WITH.get(name))
     except ConfigError:
-        return None, None, None  # a scheme that has to be told its parts
-    told = run_threads(
-        partial(_measure_rank, name), world_size=2
-    )  # servers hold shards of unequal size: take the mean
+        return _Cost()  # a scheme that has to be told its parts
+    if isinstance(made, AsyncScheme):
+        return _measure_task(made)
+    if isinstance(made, StragglerScheme):
+        return _measure_workers(made)
+    measure = _measure_method if isinstance(made, OuterScheme) else _measure_rank
+    # Servers hold shards of unequal size: take the mean.
+    told = run_threads(partial(measure, name), world_size=2)
     payload, wire, state = (sum(column) / len(told) for column in zip(*told, strict=True))
-    return round(payload), round(wire), state
+    every = "round" if isinstance(made, OuterScheme) else "step"
+    return _Cost(every, round(payload), round(wire), state)
+
+
+def _measure_task(scheme: AsyncScheme) -> _Cost:
+    """Of one server and one worker: the worker's push, and the weights that come back."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {"weight": torch.randn(SIDE, SIDE, generator=generator)}
+    codec, rule = (
+        Codec(scheme.options.compressor, scheme.options.policy, scheme.options.seed, weights),
+        copy.deepcopy(scheme.rule),
+    )
+    feedback = codec.feedback(None)
+    rule.bind(weights, num_workers=1)
+    for task in range(_STEPS):
+        delta = {"weight": torch.randn(SIDE, SIDE, generator=generator)}
+        push = codec.encode(delta, list(weights), task, 1, feedback)
+        feedback.commit(True)
+        rule.push(codec.decode(push, list(weights), task))
+    on_server = [x for what in ("weights", *rule.kept) for x in getattr(rule, what).values()]
+    residuals = [x for x in feedback.state_dict().values() if x.ndim]
+    on_worker = [*weights.values(), *residuals]  # where the task started from
+    sent = round((_size(push) + _size(rule.weights.values())) / 2)
+    return _Cost("task", sent, sent, _size([*on_server, *on_worker]) / 2 / SIDE**2)
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _measure_method(name: str, comm: ThreadComm) -> tuple[int, int, float]:
+    """Of a method with local updates: what a round of the whole model sends."""
+    side = SIDE // 2  # a million parameters in layers, which some methods cut the model into
+    model = torch.nn.Sequential(*(torch.nn.Linear(side, side, bias=False) for _ in range(4)))
+    made = make_scheme(name, _MEASURED_WITH.get(name))
+    assert isinstance(made, OuterScheme)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(comm.rank)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    with made(model, optimizer, comm) as outer:
+        for _ in range(_STEPS):
+            outer.state_dict()  # waits for what is in flight
+            before = (comm.bytes.payload_bytes, comm.bytes.wire_bytes)
+            for _ in range(outer.sync_every):
+                # Some methods evaluate a batch again.
+                optimizer.step(lambda: 0.0)
+        outer.state_dict()
+        sent = (comm.bytes.payload_bytes - before[0], comm.bytes.wire_bytes - before[1])
+        state = sum(x.numel() * x.element_size() for x in outer.kept_tensors())
+    return *sent, state / SIDE**2
+
+
+def _measure_workers(made: StragglerScheme) -> _Cost:
+    """Of a scheme with a coordinator: the most that one of two workers sends it in a round, and what they keep."""
+    network = ThreadNetwork(2 + len(made.options.coordinators))
+    batch = made.method.build(2).num_units
+
+    def rank(comm: ThreadComm) -> tuple[int, int, int]:
+        model = torch.nn.Linear(SIDE, SIDE, bias=False)
+        mine = network.at(comm.rank)
+        if comm.rank in made.options.coordinators:
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+            with made.coordinate([model], [optimizer], batch=batch, network=mine) as coordinator:
+                coordinator.run(jobs=6)
+            return 0, 0, 0
+        before: dict[int, tuple[int, int]] = {}  # rounds
+
+        def loss(share: Share) -> torch.Tensor:
+            sent = worker.sent
+            before.setdefault(worker.round, (sent.payload_bytes, sent.wire_bytes))
+            rows = torch.Generator().manual_seed(share.seed)
+            out: torch.Tensor = model(torch.randn(1, SIDE, generator=rows)).square().mean()
+            return out
+
+        with made.work(model, batch=batch, network=mine) as worker:
+            worker.run(loss)
+            state = sum(x.numel() * x.element_size() for x in worker.kept_tensors())
+        at = list(before.values())
+        payload, wire = max(((b[0] - a[0], b[1] - a[1]) for a, b in pairwise(at)), default=(0, 0))
+        return payload, wire, state
+
+    payload, wire, state = max(run_threads(rank, network.world_size))
+    return _Cost("round", payload, wire, state / SIDE**2)
 
 
 def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float]:
     weight = torch.nn.Parameter(torch.zeros(SIDE, SIDE))
     made = make_scheme(name, _MEASURED_WITH.get(name))
+    assert not isinstance(made, OuterScheme | StragglerScheme)
     optimizer = made([weight], lr=1e-3) if isinstance(made, OptimizerScheme) else None
     reducer = optimizer.reducer if optimizer is not None else made
     assert isinstance(reducer, Reducer)

@@ -1,6 +1,6 @@
 """The Reducer: policy + feedback + aggregator, in the one legal order.
 
-finite check -> compensate -> aggregate -> update. Users choose the parts, never the sequence.
+clip -> finite check -> compensate -> aggregate -> update. Users choose the parts, never the sequence.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch.profiler import record_function
 from .aggregators.health import are_finite, require_finite
 from .aggregators.hierarchical import Hierarchical
 from .aggregators.nodes import Nodes
-from .aggregators.residuals import update_feedback
+from .aggregators.residuals import Outgoing, aggregate, compensate, update_feedback
 from .aggregators.stateless import Stateless
+from .clipping import clip_coefficient, mean_norm, require_norm
 from .feedback import NoFeedback, check_contraction
 from .metrics import StepStats
 from .policy import Policy
@@ -51,6 +52,12 @@ class Reducer:
         feedback: what becomes of the part left unsent.
         policy: which tensors are compressed, and from which step on.
         seed: base of shared randomness; equal on all ranks.
+        max_grad_norm: clip gradients before they are compressed. ``clip_grad_norm_`` comes after the
+            reduction, and what arrives then through feedback holds parts of many gradients: to cut it is to
+            lose them. All ranks shrink theirs by one coefficient, ``min(1, max_grad_norm / G)`` with
+            ``G = sqrt(mean_i |g_i|^2)`` over all tensors of a reduction, dense ones too; G is at least the
+            norm of the mean, so it clips more often than ``clip_grad_norm_``, by up to sqrt(W) where
+            gradients are noise. One number more is sent, and nothing is hidden behind backward. 0 is off.
 
     Attributes:
         whole_step: the scheme must see all gradients of a step together (for their norm): adapters then
@@ -61,6 +68,7 @@ class Reducer:
     Raises:
         TypeError: error feedback on a compressor or aggregator that it diverges on, or a feedback around a
             hierarchical aggregator.
+        ValueError: a negative max_grad_norm.
     """
 
     whole_step = False
@@ -71,7 +79,9 @@ class Reducer:
         feedback: Feedback | None = None,
         policy: Policy | None = None,
         seed: int = 0,
+        max_grad_norm: float = 0.0,
     ) -> None:
+        require_norm("max_grad_norm", max_grad_norm)
         self.aggregator = aggregator
         self.feedback: Feedback = NoFeedback() if feedback is None else feedback
         for part in (aggregator, getattr(aggregator, "compressor", None)):
@@ -81,6 +91,8 @@ class Reducer:
                 f"{type(self.feedback).__name__} around a hierarchical aggregator has nothing to keep: what is "
                 "left unsent is the node's; use Hierarchical(aggregator, feedback=...) and no feedback outside"
             )
+        self.max_grad_norm = max_grad_norm
+        self.whole_step = max_grad_norm > 0 or bool(getattr(aggregator, "needs_whole_step", False))
         self.policy = Policy() if policy is None else policy
         self.seed = seed
         self.step = 0
@@ -101,7 +113,8 @@ class Reducer:
     def spec(self) -> dict[str, Any]:
         """The configuration as plain data; ranks compare it at attach."""
         parts = {"aggregator": self.aggregator, "feedback": self.feedback, "policy": self.policy}
-        return {**{name: spec(part) for name, part in parts.items()}, "seed": self.seed}
+        rest = {"seed": self.seed, "max_grad_norm": self.max_grad_norm}
+        return {name: spec(part) for name, part in parts.items()} | rest
 
     def prepare(self, named: Mapping[str, Tensor], comm: Comm) -> None:
         """Set up and check what the aggregator can before the first reduction: groups of ranks, a setting
@@ -136,6 +149,7 @@ class Reducer:
             RuntimeError: a name is reduced twice in a step.
         """
         self._begin(named)
+        self._clip(named, comm)
         return self._reduce(named, self.compresses(named), comm, hold)
 
     def compresses(self, named: Mapping[str, Tensor]) -> list[str]:
@@ -150,6 +164,13 @@ class Reducer:
             )
         self._reduced.update(named)
         self._dense_bytes += sum(x.numel() * x.element_size() for x in named.values())
+
+    def _clip(self, named: Mapping[str, Tensor], comm: Comm) -> None:
+        if self.max_grad_norm:
+            coefficient = clip_coefficient(mean_norm(named, comm), self.max_grad_norm)
+            if coefficient < 1:
+                for x in named.values():
+                    x.mul_(coefficient)
 
     def _reduce(
         self,
@@ -174,19 +195,23 @@ class Reducer:
                 self._flush(
                     [k for k in dense if k not in hold and self.policy.releases(ctxs[k])], named
                 )
-            results.update(_all_reduce_dense({key: named[key] for key in dense}, comm))
+            results.update(all_reduce_dense({key: named[key] for key in dense}, comm))
             if self._ok and self._stateful:
                 self._ok = are_finite(results[key] for key in dense)
         if dense:
             self._contributed(comm.world_size)
         return results
 
-    def end_step(self) -> StepStats:
+    def end_step(self, keep: bool = True) -> StepStats:
         """Close the step: make its state changes real, or drop them if it was not finite.
+
+        Args:
+            keep: False drops them in any case: nobody will use the result.
 
         Returns:
             The step's statistics, as far as the reducer knows them.
         """
+        self._ok = self._ok and keep
         self.feedback.commit(self._ok)
         self.aggregator.commit(self._ok)
         stats = StepStats(
@@ -251,13 +276,13 @@ class Reducer:
     ) -> dict[str, Tensor]:
         if not keys:
             return {}
-        deltas = [
-            named[key].to(ctxs[key].work_dtype, copy=True)
+        outgoing = [
+            Outgoing(named[key].to(ctxs[key].work_dtype, copy=True))
             if key in hold
-            else self.feedback.compensate(named[key], key)
+            else compensate(self.feedback, self.aggregator, named[key], ctxs[key])
             for key in keys
         ]
-        outcomes = self.aggregator.aggregate(deltas, [ctxs[key] for key in keys], comm)
+        outcomes = aggregate(self.aggregator, outgoing, [ctxs[key] for key in keys], comm)
         # A mean that fits float32 may not fit the gradient's dtype: then it cannot be delivered.
         ready = {
             key: self.feedback.deliver(outcome.mean, key).to(named[key].dtype)
@@ -265,10 +290,10 @@ class Reducer:
             if self.feedback.changes_mean or named[key].dtype != ctxs[key].work_dtype
         }
         require_finite(ready.values())
-        for key, delta, outcome in zip(keys, deltas, outcomes, strict=True):
+        for key, sent, outcome in zip(keys, outgoing, outcomes, strict=True):
             self._contributed(outcome.num_contributors)
             if key not in hold:
-                update_feedback(self.feedback, delta, outcome, key)
+                update_feedback(self.feedback, sent, outcome, key)
             if key in ready:
                 named[key].copy_(ready[key])
             else:
@@ -290,7 +315,7 @@ class Reducer:
         self._contributors = ranks if self._contributors is None else min(self._contributors, ranks)
 
 
-def _all_reduce_dense(named: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:
+def all_reduce_dense(named: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:
     """Plain mean, one all-reduce per dtype and device; in place where tensors lie back to back."""
     results: dict[str, Tensor] = {}
     filled = {key: x for key, x in named.items() if x.numel()}

@@ -12,7 +12,9 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, TypeVar
 
-Kind: TypeAlias = Literal["compressor", "feedback", "aggregator", "scheme"]
+Kind: TypeAlias = Literal[
+    "compressor", "feedback", "aggregator", "scheme", "topology", "push_rule", "code"
+]
 Factory: TypeAlias = Callable[..., Any]
 T = TypeVar("T", bound=Factory)
 
@@ -21,6 +23,9 @@ _factories: dict[Kind, dict[str, Factory]] = {
     "feedback": {},
     "aggregator": {},
     "scheme": {},
+    "topology": {},
+    "push_rule": {},
+    "code": {},
 }
 
 

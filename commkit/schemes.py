@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 
@@ -39,10 +39,58 @@ from .config import ConfigError, build, load_yaml
 from .feedback import EF21, EControl, ErrorFeedback, Momentum, NoFeedback
 from .optim import DGCSGD, DeMo, OneBitAdam, OneBitLamb, OptimizerScheme, ZeroOneAdam
 from .optim.onebit import FreezeStep
+from .outer import (
+    CO2,
+    A2CiD2,
+    AdaptiveRank,
+    AdLoCo,
+    AEDiT,
+    AsyncOptions,
+    AsyncScheme,
+    DelayedNesterov,
+    DFedSAM,
+    DiLoCo,
+    DiLoCoX,
+    EDiT,
+    GossipSchedule,
+    GossipSGD,
+    LocalSGD,
+    MoNNA,
+    NoLoCo,
+    NormTest,
+    OuterScheme,
+    OuterSync,
+    Penalty,
+    PushRule,
+    PushSum,
+    StreamingDiLoCo,
+    SyncOptions,
+)
+from .outer.adloco import LrRule
+from .outer.dilocox import low_rank_int4
+from .outer.flat import WireDtype
+from .outer.fragments import Fragments, Pattern
+from .outer.gossip_schedule import Mode
+from .outer.penalty import PAPER
+from .outer.sign_agreement import Majority
+from .outer.topologies import Topology
+from .outer.trainers import Pairing
 from .policy import Policy
 from .reducer import Reducer
 from .registry import register
-from .types import Aggregator, Feedback
+from .straggler import (
+    Backup,
+    CodeFamily,
+    Coding,
+    CoordinationOptions,
+    DynamicBackup,
+    Multiplexed,
+    SelectiveRepetition,
+    StragglerScheme,
+    TransportName,
+)
+from .straggler.families import AutoFamily
+from .types import Aggregator, Compressor, Feedback
 
 Scheme: TypeAlias = str | Path | Mapping[str, Any] | Reducer
 
@@ -180,7 +228,12 @@ def terngrad(clip: float = 2.5, start_step: int = 0, min_numel: int = 1024) -> R
 
 
 @register("scheme", "sign")
-def sign(scale: Literal["l1", "rms"] = "l1", start_step: int = 0, min_numel: int = 1024) -> Reducer:
+def sign(
+    scale: Literal["l1", "rms"] = "l1",
+    start_step: int = 0,
+    min_numel: int = 1024,
+    max_grad_norm: float = 0.0,
+) -> Reducer:
     """EF-signSGD, two-shot (Karimireddy et al. 2019; Tang et al. 2021 figure 3): one bit per element each
     way, with error feedback at both ends (4 + 4/W bytes per compressed element).
 
@@ -188,11 +241,14 @@ def sign(scale: Literal["l1", "rms"] = "l1", start_step: int = 0, min_numel: int
         scale: "l1" or "rms", see :class:`~commkit.compressors.Sign`.
         start_step: dense steps before.
         min_numel: smaller tensors stay dense.
+        max_grad_norm: clip gradients before they are compressed, where ``clip_grad_norm_`` would cut what
+            feedback has saved up; see :class:`~commkit.Reducer`. 0 is off.
     """
     return Reducer(
         TwoShot(Sign(scale), server_feedback=ErrorFeedback()),
         ErrorFeedback(),
         Policy(start_step, min_numel),
+        max_grad_norm=max_grad_norm,
     )
 
 
@@ -221,6 +277,7 @@ def topk(
     values: Literal["fp32", "bf16", "fp16"] = "fp32",
     start_step: int = 0,
     min_numel: int = 1024,
+    max_grad_norm: float = 0.0,
 ) -> Reducer:
     """Top-k with error feedback by all-gather (Stich et al. 2018). 4 bytes per compressed element.
 
@@ -232,9 +289,14 @@ def topk(
         values: precision of the values sent.
         start_step: dense steps before.
         min_numel: smaller tensors stay dense.
+        max_grad_norm: clip gradients before they are compressed, where ``clip_grad_norm_`` would cut what
+            feedback has saved up; see :class:`~commkit.Reducer`. 0 is off.
     """
     return Reducer(
-        AllGather(TopK(density, threshold, values)), ErrorFeedback(), Policy(start_step, min_numel)
+        AllGather(TopK(density, threshold, values)),
+        ErrorFeedback(),
+        Policy(start_step, min_numel),
+        max_grad_norm=max_grad_norm,
     )
 
 
@@ -244,6 +306,7 @@ def randomk(
     error_feedback: bool = True,
     start_step: int = 0,
     min_numel: int = 1024,
+    max_grad_norm: float = 0.0,
 ) -> Reducer:
     """Random-k by all-reduce (Stich et al. 2018): all ranks draw the same indices, so only values travel.
 
@@ -253,10 +316,13 @@ def randomk(
             which is unbiased and very noisy.
         start_step: dense steps before.
         min_numel: smaller tensors stay dense.
+        max_grad_norm: clip gradients before they are compressed, where ``clip_grad_norm_`` would cut what
+            feedback has saved up; see :class:`~commkit.Reducer`. 0 is off.
     """
     feedback = ErrorFeedback() if error_feedback else NoFeedback()
     compressor = RandomK(density, unbiased=not error_feedback)
-    return Reducer(AllReduce(compressor), feedback, Policy(start_step, min_numel))
+    policy = Policy(start_step, min_numel)
+    return Reducer(AllReduce(compressor), feedback, policy, max_grad_norm=max_grad_norm)
 
 
 @register("scheme", "powersgd")
@@ -267,6 +333,7 @@ def powersgd(
     error_feedback: bool = True,
     start_step: int = 0,
     iteration: Literal["two_sided", "alternating"] = "two_sided",
+    max_grad_norm: float = 0.0,
 ) -> Reducer:
     """PowerSGD (Vogels et al. 2019): two all-reduces whose cost does not grow with the ranks.
 
@@ -282,11 +349,14 @@ def powersgd(
             from the beginning, these included.
         iteration: "alternating" takes one all-reduce of half the bytes, for latency-bound links; see
             :class:`~commkit.aggregators.PowerSGD`.
+        max_grad_norm: clip gradients before they are compressed, where ``clip_grad_norm_`` would cut what
+            feedback has saved up; see :class:`~commkit.Reducer`. 0 is off.
     """
     return Reducer(
         PowerSGD(rank, min_compression_rate, warm_start, iteration),
         ErrorFeedback() if error_feedback else NoFeedback(),
         Policy(start_step, min_numel=0),
+        max_grad_norm=max_grad_norm,
     )
 
 
@@ -374,6 +444,15 @@ def hierarchical(
         ValueError: a scheme that compresses nothing, or wrong nodes.
     """
     inner = scheme if isinstance(scheme, Reducer | OptimizerScheme) else make_scheme(scheme)
+    if isinstance(inner, StragglerScheme):
+        raise TypeError(f"scheme={scheme!r} has a coordinator and knows no nodes; use it as it is")
+    if isinstance(inner, AsyncScheme):
+        raise TypeError(f"scheme={scheme!r} has servers and knows no nodes; use it as it is")
+    if isinstance(inner, OuterScheme):
+        raise TypeError(
+            f"scheme={scheme!r} trains with local updates and knows no nodes; give it the process group that "
+            "joins the nodes, and a model in a DistributedDataParallel over the ranks of one node"
+        )
     if isinstance(inner, OptimizerScheme):
         return dataclasses.replace(inner, between_nodes=(local_size, nodes))
     if inner.policy == _NEVER:
@@ -393,6 +472,7 @@ def ef21(
     values: Literal["fp32", "bf16", "fp16"] = "fp32",
     start_step: int = 0,
     min_numel: int = 1024,
+    max_grad_norm: float = 0.0,
 ) -> Reducer:
     """EF21 with top-k by all-gather (Richtarik et al. 2021): ranks send how an estimate of their gradient
     changes. 8 bytes per compressed element, 12 with momentum.
@@ -405,9 +485,14 @@ def ef21(
         values: precision of the values sent.
         start_step: dense steps before.
         min_numel: smaller tensors stay dense.
+        max_grad_norm: clip gradients before they are compressed, where ``clip_grad_norm_`` would cut what
+            feedback has saved up; see :class:`~commkit.Reducer`. 0 is off.
     """
     return Reducer(
-        AllGather(TopK(density, threshold, values)), EF21(momentum), Policy(start_step, min_numel)
+        AllGather(TopK(density, threshold, values)),
+        EF21(momentum),
+        Policy(start_step, min_numel),
+        max_grad_norm=max_grad_norm,
     )
 
 
@@ -419,6 +504,7 @@ def econtrol(
     values: Literal["fp32", "bf16", "fp16"] = "fp32",
     start_step: int = 0,
     min_numel: int = 1024,
+    max_grad_norm: float = 0.0,
 ) -> Reducer:
     """EControl with top-k by all-gather (Gao, Islamov and Stich 2024): for ranks whose data differ, where
     plain error feedback needs small steps. 12 bytes per compressed element.
@@ -431,11 +517,14 @@ def econtrol(
         values: precision of the values sent.
         start_step: dense steps before.
         min_numel: smaller tensors stay dense.
+        max_grad_norm: clip gradients before they are compressed, where ``clip_grad_norm_`` would cut what
+            feedback has saved up; see :class:`~commkit.Reducer`. 0 is off.
     """
     return Reducer(
         AllGather(TopK(density, threshold, values)),
         EControl(density / 4 if eta is None else eta),
         Policy(start_step, min_numel),
+        max_grad_norm=max_grad_norm,
     )
 
 
@@ -486,14 +575,490 @@ def compose(
     aggregator: Aggregator,
     feedback: Feedback | None = None,
     policy: Policy | None = None,
+    max_grad_norm: float = 0.0,
 ) -> Reducer:
     """Any parts that go together, from YAML alone: ``{name: compose, aggregator: {name: two_shot,
-    compressor: {name: sign}}, feedback: {name: error_feedback}}``.
+    compressor: {name: sign}}, feedback: {name: error_feedback}}``. ``max_grad_norm`` is that of the
+    :class:`~commkit.Reducer`.
 
     Raises:
         TypeError: an aggregator cannot carry its compressor's payloads.
     """
-    return Reducer(aggregator, feedback, policy)
+    return Reducer(aggregator, feedback, policy, max_grad_norm=max_grad_norm)
+
+
+@register("scheme", "local_sgd")
+def local_sgd(
+    sync_every: int = 16, reducer: Reducer | None = None, options: SyncOptions | None = None
+) -> OuterScheme:
+    """Local SGD (Stich 2019): weights are averaged every so often. No state; 4 bytes per parameter with a
+    ``reducer``.
+
+    Args: those of :class:`~commkit.outer.LocalSGD`.
+    """
+    return OuterScheme(LocalSGD, locals()).checked()
+
+
+@register("scheme", "post_local_sgd")
+def post_local_sgd(
+    switch_step: int,
+    sync_every: int = 16,
+    reducer: Reducer | None = None,
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """Post-local SGD (Lin et al. 2020): gradients are averaged in every step as DDP does, and from ``switch_step``
+    on weights every so often. No state; 4 bytes per parameter with a ``reducer``.
+
+    Args: those of :class:`~commkit.outer.LocalSGD`; ``switch_step`` is its ``options.warmup_steps``: the step of the
+        first learning-rate decay in the paper.
+    """
+    options = SyncOptions() if options is None else options
+    if options.warmup_steps:
+        raise ValueError(
+            f"options.warmup_steps={options.warmup_steps} and switch_step={switch_step} say the same thing; give "
+            "switch_step alone"
+        )
+    if switch_step < 0:
+        raise ValueError(f"switch_step={switch_step} must be >= 0; use 0 for local SGD")
+    options = dataclasses.replace(options, warmup_steps=switch_step)
+    knobs = {"sync_every": sync_every, "reducer": reducer, "options": options}
+    return OuterScheme(LocalSGD, knobs).checked()
+
+
+@register("scheme", "diloco")
+def diloco(
+    sync_every: int = 100,
+    reducer: Reducer | None = None,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """DiLoCo (Douillard et al. 2023): rounds of local steps, then a step of Nesterov momentum on the mean
+    pseudo-gradient. 8 bytes per parameter, and the reducer's.
+
+    Args: those of :class:`~commkit.outer.DiLoCo`.
+    """
+    return OuterScheme(DiLoCo, locals()).checked()
+
+
+@register("scheme", "streaming_diloco")
+def streaming_diloco(
+    sync_every: int = 100,
+    fragments: Fragments = 4,
+    pattern: Pattern = "strided",
+    overlap: int = 0,
+    mixing: float | None = None,
+    reducer: Reducer | None = None,
+    outer_lr: float | None = None,
+    outer_momentum: float = 0.9,
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """Streaming DiLoCo (Douillard et al. 2025): one fragment of the model after another, each on its way while
+    training goes on. 8 bytes per parameter, and the reducer's.
+
+    Args: those of :class:`~commkit.outer.StreamingDiLoCo`.
+    """
+    scheme = OuterScheme(StreamingDiLoCo, locals())
+    # Named fragments are checked against the model that has them.
+    return scheme.checked(layers=fragments) if isinstance(fragments, int) else scheme
+
+
+@register("scheme", "co2")
+def co2(
+    sync_every: int = 48,
+    reducer: Reducer | None = None,
+    outer_lr: float = 1.0,
+    outer_momentum: float | None = None,
+    staleness_gap: float | Literal["adaptive"] = "adaptive",
+    clip: float = 10.0,
+    clip_unit: Literal["rms", "absolute"] = "rms",
+    normalise_lr: bool = False,
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """CO2 (Sun et al. 2024): rounds whose mean arrives one round late, so that nothing waits for it. 12 bytes per
+    parameter, and the reducer's.
+
+    Args: those of :class:`~commkit.outer.CO2`.
+    """
+    return OuterScheme(CO2, locals()).checked()
+
+
+@register("scheme", "dilocox")
+def dilocox(
+    sync_every: int = 125,
+    rank: int = 32,
+    reducer: Reducer | None = None,
+    adaptive_rank: AdaptiveRank | Literal["auto"] | None = "auto",
+    eager: bool = False,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.5,
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """DiLoCoX (Qi et al. 2025): DiLoCo one round late, in low-rank factors of 4 bits whose rank adapts. 16 bytes
+    per parameter.
+
+    Args: those of :class:`~commkit.outer.DiLoCoX`; ``rank`` is the factors', unless a ``reducer`` takes their
+        place: a twentieth of the width to begin with.
+    """
+    knobs = {key: value for key, value in locals().items() if key != "rank"}
+    if reducer is None:
+        knobs["reducer"] = low_rank_int4(rank)
+    return OuterScheme(DiLoCoX, knobs).checked()
+
+
+@register("scheme", "adloco")
+def adloco(
+    initial_batch: int = 8,
+    max_micro_batch: int = 8,
+    sync_every: int = 100,
+    eta: float = 0.1,
+    switch_at: float = 2.0,
+    max_batch: int | None = None,
+    lr_rule: LrRule = "none",
+    trainers: int = 1,
+    merge_every: int = 2,
+    merge: Pairing = "worst+worst",
+    reducer: Reducer | None = None,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """AdLoCo (Kutuzov et al. 2025): DiLoCo whose batch grows with the noise of the gradients, by several
+    trainers that merge. 8 bytes per parameter, and the reducer's.
+
+    Args: those of :class:`~commkit.outer.AdLoCo`; ``eta`` is that of its
+        :class:`~commkit.outer.NormTest`.
+    """
+    knobs = {key: value for key, value in locals().items() if key != "eta"}
+    return OuterScheme(AdLoCo, knobs | {"test": NormTest(eta)}).checked()
+
+
+@register("scheme", "edit")
+def edit(
+    sync_every: int = 128,
+    reducer: Reducer | None = None,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.8,
+    penalty: Penalty | None = PAPER,
+    prefetch: int = 1,
+    majority: Majority | None = None,
+    layers: Sequence[str] | None = None,
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """EDiT (Cheng et al. 2025): layers are synchronised one by one inside the forward pass, and replicas whose
+    pseudo-gradient is anomalous do not count. 8 bytes per parameter, and the reducer's.
+
+    Args: those of :class:`~commkit.outer.EDiT`.
+    """
+    return OuterScheme(EDiT, locals()).checked()
+
+
+@register("scheme", "a_edit")
+def a_edit(
+    sync_seconds: float = 600.0,
+    min_total_steps: int = 100,
+    step_share: float = 0.5,
+    reducer: Reducer | None = None,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.8,
+    penalty: Penalty | None = PAPER,
+    prefetch: int = 1,
+    majority: Majority | None = None,
+    layers: Sequence[str] | None = None,
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """A-EDiT (Cheng et al. 2025): EDiT by the clock, so that fast replicas do more steps in a round. 8 bytes per
+    parameter, and the reducer's.
+
+    Args: those of :class:`~commkit.outer.AEDiT`.
+    """
+    return OuterScheme(AEDiT, locals()).checked()
+
+
+@register("scheme", "noloco")
+def noloco(
+    sync_every: int = 50,
+    alpha: float = 0.5,
+    beta: float = 0.7,
+    gamma: float | None = None,
+    pairing: Literal["random", "round_robin"] = "random",
+    compressor: Compressor | None = None,
+    wire_dtype: WireDtype = "fp32",
+    strict: bool = False,
+    pairing_seed: int = 0,
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """NoLoCo (Kolehmainen et al. 2025): every so often each replica meets one other, and nobody waits for all.
+    8 bytes per parameter.
+
+    Args: those of :class:`~commkit.outer.NoLoCo`; ``pairing_seed`` is its ``seed``.
+    """
+    return _seeded(NoLoCo, locals(), "pairing_seed")
+
+
+@register("scheme", "gossip")
+def gossip(
+    sync_every: int = 1,
+    topology: Topology | None = None,
+    schedule: GossipSchedule | None = None,
+    gossip_steps: int = 1,
+    overlap: bool = False,
+    wire_dtype: WireDtype = "fp32",
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """Decentralised SGD (Lian et al. 2017): weights are mixed with those of neighbours in a graph. A receive buffer
+    and no state.
+
+    Args: those of :class:`~commkit.outer.GossipSGD`.
+    """
+    return OuterScheme(GossipSGD, locals()).checked()
+
+
+@register("scheme", "single_merge")
+def single_merge(
+    p_gossip: float = 0.2,
+    windows: Sequence[tuple[int, int, Mode]] = (),
+    sync_every: int = 1,
+    topology: Topology | None = None,
+    schedule_seed: int = 0,
+    wire_dtype: WireDtype = "fp32",
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """Sparse gossip and one merge of all replicas at the end ("A single global merging suffices", 2025): two ranks
+    that a round brings together really meet with a probability of ``p_gossip``. No state.
+
+    Args: those of :class:`~commkit.outer.GossipSGD`; ``p_gossip``, ``windows`` and ``schedule_seed`` are its
+        :class:`~commkit.outer.GossipSchedule`'s. With a fixed budget communicate late; with none before the merge the
+        merged model is useless. ``probe_merge`` says on the way what it would be.
+    """
+    if options is not None and not options.final_sync:
+        raise ValueError(
+            "options.final_sync=False leaves out the merge that single_merge is about; leave it true, or use gossip"
+        )
+    knobs = {
+        "sync_every": sync_every,
+        "topology": topology,
+        "schedule": GossipSchedule(p_gossip, windows, schedule_seed),
+        "wire_dtype": wire_dtype,
+        "options": options,
+    }
+    return OuterScheme(GossipSGD, knobs).checked()
+
+
+@register("scheme", "dfedsam_mgs")
+def dfedsam_mgs(
+    sync_every: int = 16,
+    rho: float = 0.05,
+    gossip_steps: int = 4,
+    topology: Topology | None = None,
+    schedule: GossipSchedule | None = None,
+    wire_dtype: WireDtype = "fp32",
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """DFedSAM-MGS (Shi et al. 2023): sharpness-aware local steps, then several gossip steps in a row, for ranks with
+    data of their own on sparse graphs. Its optimizer's step takes a closure. No state.
+
+    Args: those of :class:`~commkit.outer.DFedSAM`.
+    """
+    return OuterScheme(DFedSAM, locals()).checked()
+
+
+@register("scheme", "dadao")
+def dadao() -> NoReturn:
+    """DADAO (Nabli and Oyallon 2023): a solver for smooth, strongly convex problems, in Python alone
+    (``commkit.outer.Dadao``); it does not train networks.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "'dadao' solves smooth, strongly convex problems of which it must know both constants, so it trains no "
+        "network; call commkit.outer.Dadao(gradients, start, smoothness, convexity, rates), or use a2cid2, its "
+        "form for networks"
+    )
+
+
+@register("scheme", "push_sum")
+def push_sum(
+    sync_every: int = 1,
+    topology: Topology | None = None,
+    schedule: GossipSchedule | None = None,
+    gossip_steps: int = 1,
+    wire_dtype: WireDtype = "fp32",
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """Stochastic gradient push (Assran et al. 2019): gossip over one-way links, unbiased by a mass that travels
+    along. 4 bytes per parameter and one number.
+
+    Args: those of :class:`~commkit.outer.PushSum`.
+    """
+    return OuterScheme(PushSum, locals()).checked()
+
+
+@register("scheme", "a2cid2")
+def a2cid2(
+    sync_every: int = 1,
+    topology: Topology | None = None,
+    pairing_seed: int = 0,
+    wire_dtype: WireDtype = "fp32",
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """A2CiD2 (Nabli, Belilovsky and Oyallon 2023): averages of pairs, with a second copy of the weights that
+    carries momentum. 4 bytes per parameter.
+
+    Args: those of :class:`~commkit.outer.A2CiD2`; ``pairing_seed`` is its ``seed``.
+    """
+    return _seeded(A2CiD2, locals(), "pairing_seed")
+
+
+@register("scheme", "monna")
+def monna(
+    num_faulty: int,
+    momentum: float = 0.99,
+    sync_every: int = 1,
+    wire_dtype: WireDtype = "fp32",
+    options: SyncOptions | None = None,
+) -> OuterScheme:
+    """MoNNA (Farhadkhani et al. 2023): every rank averages the weights nearest to its own, so that a few ranks may
+    send anything. 4 bytes per parameter.
+
+    Args: those of :class:`~commkit.outer.MoNNA`.
+    """
+    return OuterScheme(MoNNA, locals()).checked()
+
+
+@register("scheme", "async_local_sgd")
+def async_local_sgd(
+    sync_every: int = 100,
+    rule: PushRule | None = None,
+    servers: Sequence[int] = (0,),
+    dynamic: bool = True,
+    min_steps: int = 5,
+    speed_ema: float = 0.5,
+    num_shards: int | None = None,
+    grace_s: float = 0.5,
+    lease_factor: float = 3.0,
+    min_lease_s: float = 60.0,
+    timeout_s: float = 1800.0,
+    compressor: Compressor | None = None,
+    policy: Policy | None = None,
+    inner_state: Literal["keep", "reset"] = "keep",
+    average_buffers: bool = True,
+    on_worker_error: Literal["raise", "continue"] = "raise",
+) -> AsyncScheme:
+    """Asynchronous local SGD with delayed Nesterov momentum (Liu et al. 2024): one rank or several serve, the others
+    train, and nobody waits for the slowest. 12 bytes per parameter on the servers, 4 on a worker.
+
+    Args: those of :class:`~commkit.outer.AsyncOptions`; ``rule`` is a block such as ``{name: delayed_nesterov,
+        momentum: 0.6}``, or ``stale_nesterov``, ``delayed_sgd``, ``fedbuff``.
+    """
+    knobs = {key: value for key, value in locals().items() if key not in ("rule", "policy")}
+    knobs["servers"] = tuple(servers)
+    if policy is not None:
+        knobs["policy"] = policy
+    return AsyncScheme(AsyncOptions(**knobs), DelayedNesterov() if rule is None else rule)
+
+
+@register("scheme", "backup")
+def backup(
+    num_backups: int = 1,
+    k: int | None = None,
+    min_share: float = 0.0,
+    transport: TransportName = "torch",
+    options: CoordinationOptions | None = None,
+) -> StragglerScheme:
+    """Backup workers (Chen et al. 2016): a step takes the first k gradients and drops the others. 4 bytes
+    per parameter, and 4 with ``options.compressor``, where what was dropped is kept.
+
+    Args: those of :class:`~commkit.straggler.Backup`; ``transport`` and ``options`` as for
+        :class:`~commkit.straggler.StragglerScheme`.
+    """
+    return StragglerScheme(Backup(num_backups, k, min_share), _or(options), transport)
+
+
+@register("scheme", "dbw")
+def dbw(
+    gain: Literal["smoothness", "noise_scale"] = "smoothness",
+    window: int = 5,
+    loss_tolerance: float = 0.01,
+    max_change: int = 2,
+    transport: TransportName = "torch",
+    options: CoordinationOptions | None = None,
+) -> StragglerScheme:
+    """Dynamic backup workers (Xu, Neglia and Sebastianelli 2020): backup workers whose k is chosen anew in every
+    step, by the expected progress per second. 4 bytes per parameter.
+
+    Args: those of :class:`~commkit.straggler.DBW`; ``gain`` has to suit the optimizer. Others as for ``backup``.
+    """
+    method = DynamicBackup(gain, window, loss_tolerance, max_change)
+    return StragglerScheme(method, _or(options), transport)
+
+
+@register("scheme", "gradient_coding")
+def gradient_coding(
+    num_stragglers: int = 1,
+    code: CodeFamily | None = None,
+    mu: float = 0.0,
+    transport: TransportName = "torch",
+    options: CoordinationOptions | None = None,
+) -> StragglerScheme:
+    """Gradient coding (Tandon et al. 2017): every worker computes s + 1 shares, so that the exact gradient comes
+    without any s of the workers. 4 bytes per parameter.
+
+    Args: those of :class:`~commkit.straggler.Coding`. Others as for ``backup``.
+    """
+    method = Coding(num_stragglers, AutoFamily() if code is None else code, mu)
+    return StragglerScheme(method, _or(options), transport)
+
+
+@register("scheme", "sr_sgc")
+def sr_sgc(
+    burst: int = 1,
+    rounds: int = 2,
+    stragglers: int = 1,
+    code: CodeFamily | None = None,
+    mu: float = 1.0,
+    braking: float | None = None,
+    transport: TransportName = "torch",
+    options: CoordinationOptions | None = None,
+) -> StragglerScheme:
+    """Sequential gradient coding with selective repetition (Krishnan et al. 2023): the exact gradient, some rounds
+    later, for less redundancy. 4 bytes per parameter and job under way.
+
+    Args: those of :class:`~commkit.straggler.SelectiveRepetition`; ``braking`` is the rho of adaptive braking (Venigalla
+        et al. 2020), for one model that takes late gradients. Others as for ``backup``.
+    """
+    method = SelectiveRepetition(burst, rounds, stragglers, code or AutoFamily(), mu)
+    return StragglerScheme(method, _or(options), transport, braking)
+
+
+@register("scheme", "m_sgc")
+def m_sgc(
+    burst: int = 1,
+    rounds: int = 2,
+    stragglers: int = 1,
+    code: CodeFamily | None = None,
+    mu: float = 1.0,
+    braking: float | None = None,
+    transport: TransportName = "torch",
+    options: CoordinationOptions | None = None,
+) -> StragglerScheme:
+    """Multiplexed sequential gradient coding (Krishnan et al. 2023): the exact gradient, some rounds later, with little
+    redundancy: lost work is mostly tried again. 4 bytes per parameter and job under way.
+
+    Args: those of :class:`~commkit.straggler.Multiplexed`. Others as for ``sr_sgc``.
+    """
+    method = Multiplexed(burst, rounds, stragglers, code or AutoFamily(), mu)
+    return StragglerScheme(method, _or(options), transport, braking)
+
+
+def _or(options: CoordinationOptions | None) -> CoordinationOptions:
+    return CoordinationOptions() if options is None else options
+
+
+def _seeded(method: type[OuterSync], knobs: dict[str, Any], name: str) -> OuterScheme:
+    """``seed`` of a scheme's block is that of its reducer; the method's own has another name there."""
+    return OuterScheme(method, {"seed": knobs.pop(name), **knobs}).checked()
 
 
 def _block_quantised(
@@ -527,7 +1092,8 @@ def make_reducer(scheme: Scheme, knobs: Mapping[str, Any] | None = None) -> Redu
 
     Raises:
         ConfigError: unknown scheme or field, wrong type or value.
-        TypeError: parts that cannot go together, knobs beside a Reducer, or a scheme that is an optimizer.
+        TypeError: parts that cannot go together, knobs beside a Reducer, or a scheme that is an optimizer
+            or trains with local updates.
     """
     if isinstance(scheme, Reducer):
         if knobs:
@@ -543,14 +1109,36 @@ def make_reducer(scheme: Scheme, knobs: Mapping[str, Any] | None = None) -> Redu
             f"optimizer = commkit.optim.{name}(model.parameters(), lr=...); "
             "commkit.attach(model, optimizer)"
         )
+    if isinstance(made, OuterScheme):
+        name = made.method.__name__
+        raise TypeError(
+            f"scheme {_block(scheme)['name']!r} trains with local updates, it reduces no gradients: "
+            f"with commkit.outer.{name}(model, optimizer): ..., around a plain module"
+        )
+    if isinstance(made, AsyncScheme):
+        raise TypeError(
+            f"scheme {_block(scheme)['name']!r} has servers and workers, it reduces no gradients: see "
+            "commkit.outer.AsyncServer and AsyncWorker, or train with launch/train.py"
+        )
+    if isinstance(made, StragglerScheme):
+        raise TypeError(
+            f"scheme {_block(scheme)['name']!r} has a coordinator, it reduces no gradients among equals: "
+            "made = commkit.schemes.make_scheme(...); made.coordinate(...) on one rank, made.work(...) on the others, "
+            "or train with launch/train.py"
+        )
     return made
 
 
 def make_scheme(
     scheme: str | Path | Mapping[str, Any], knobs: Mapping[str, Any] | None = None
-) -> Reducer | OptimizerScheme:
-    """As :func:`make_reducer`, also for schemes that are optimizers, which come still without parameters:
-    ``make_scheme("onebit_adam")(model.parameters(), lr=1e-3)``.
+) -> Reducer | OptimizerScheme | OuterScheme | AsyncScheme | StragglerScheme:
+    """As :func:`make_reducer`, also for schemes that come without what they need:
+
+    - optimizers, without parameters: ``make_scheme("onebit_adam")(model.parameters(), lr=1e-3)``;
+    - those that train with local updates, without a model: ``make_scheme("diloco")(model, optimizer)``;
+    - the asynchronous one, a role for each rank: ``make_scheme("async_local_sgd").worker(model, optimizer)``;
+    - those with a coordinator: ``make_scheme("dbw").coordinate([model], [optimizer], batch=64)`` on one rank,
+      ``.work(model, batch=64)`` on the others.
 
     Raises:
         ConfigError: unknown scheme or field, wrong type or value.
@@ -561,8 +1149,10 @@ def make_scheme(
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"scheme.seed={seed!r} must be an integer")
     made = build("scheme", block, "scheme")
-    if isinstance(made, OptimizerScheme):
+    if isinstance(made, OptimizerScheme | OuterScheme | StragglerScheme):
         return dataclasses.replace(made, seed=seed)
+    if isinstance(made, AsyncScheme):
+        return dataclasses.replace(made, options=dataclasses.replace(made.options, seed=seed))
     assert isinstance(made, Reducer)
     made.seed = seed
     return made

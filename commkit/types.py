@@ -138,6 +138,27 @@ class Compressor(ABC):
 
 
 @runtime_checkable
+class CorrectsMomentum(Protocol):
+    """A compressor with a fused path for momentum correction, which gives the bits of the parts one by one."""
+
+    def corrects(self, ctx: TensorCtx) -> bool:
+        """Whether it has one for this tensor."""
+
+    def correct_and_compress(
+        self,
+        g: Tensor,
+        before: tuple[Tensor | None, Tensor | None],
+        after: tuple[Tensor, Tensor],
+        momentum: float,
+        nesterov: bool,
+        masking: bool,
+        ctx: TensorCtx,
+    ) -> Payload:
+        """The payload of ``after[1]`` as momentum correction makes it of ``g``. Velocity and unsent are read
+        from ``before`` and written to ``after``, less what is sent, contiguous and in the work dtype."""
+
+
+@runtime_checkable
 class Feedback(Protocol):
     """The only home of residuals. ``update`` and ``deliver`` stage; ``commit`` makes the step's changes
     real, or drops all of them, so that a skipped step leaves no trace."""
@@ -292,7 +313,7 @@ class ByteCounter:
 class Comm(Protocol):
     """Collectives over one group of ranks; the only way of commkit's schemes to other ranks.
 
-    Every method is a collective: all ranks of the group call it in the same order.
+    Every method but :meth:`exchange` is a collective: all ranks of the group call it in the same order.
     """
 
     @property
@@ -319,6 +340,18 @@ class Comm(Protocol):
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         """Copy rank ``src``'s contiguous ``x`` into everybody's, in place."""
 
+    def exchange(
+        self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int = 0
+    ) -> set[int]:
+        """Point to point, no collective: send contiguous tensors to the ranks in ``sends`` while tensors arrive
+        from the ranks in ``receives``, which are overwritten. Each peer must do the counterpart with the same
+        ``tag`` and shapes; nobody else is involved.
+
+        Returns:
+            The peers that are lost: what was to be received from them is undefined, what was sent may or may
+            not have arrived. A peer that is merely slow is waited for.
+        """
+
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Small picklable objects of all ranks, in rank order. For set-up, not for the hot path."""
 
@@ -342,3 +375,11 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """Something that ranks have in common and each continues in its own way: loaded by another number of
+    ranks, each has to find a way back from what they have in common."""
+
+    def after_resize(self) -> None: ...

@@ -1,5 +1,5 @@
-// The functions for x86 processors with AVX2 and F16C: those that the compiler does not vectorise
-// by itself are written out.
+// The functions for x86 processors with AVX2, FMA and F16C: those that the compiler does not
+// vectorise by itself are written out.
 #include "table.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -8,7 +8,7 @@
 
 #include "loops.h"
 
-#define COMMKIT_TARGET __attribute__((target("avx2,f16c")))
+#define COMMKIT_TARGET __attribute__((target("avx2,fma,f16c")))
 
 namespace {
 
@@ -100,38 +100,73 @@ COMMKIT_TARGET uint32_t peak(const float *x, int64_t n) {
       const __m256i v = _mm256_castps_si256(_mm256_loadu_ps(x + i + 8 * j));
       tops[j] = _mm256_max_epi32(tops[j], _mm256_and_si256(v, mask));
     }
-  uint32_t lanes[8], top = loops::peak(x + whole, n - whole);
-  _mm256_storeu_si256(
-      reinterpret_cast<__m256i *>(lanes),
-      _mm256_max_epi32(_mm256_max_epi32(tops[0], tops[1]), _mm256_max_epi32(tops[2], tops[3])));
-  for (const uint32_t lane : lanes)
-    top = lane > top ? lane : top;
-  return top;
+  const __m256i all =
+      _mm256_max_epi32(_mm256_max_epi32(tops[0], tops[1]), _mm256_max_epi32(tops[2], tops[3]));
+  __m128i top = _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4E));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0xB1));
+  const auto first = static_cast<uint32_t>(_mm_cvtsi128_si32(top));
+  const uint32_t rest = whole < n ? loops::peak(x + whole, n - whole) : 0;
+  return first > rest ? first : rest;
 }
 
-// As loops::nearest(loops::clamped(...)): the processor's conversion rounds half to even.
-COMMKIT_TARGET inline __m256i to_code(__m256 y, __m256 top) {
-  y = _mm256_and_ps(y, _mm256_cmp_ps(y, y, _CMP_ORD_Q));
-  y = _mm256_max_ps(_mm256_min_ps(y, top), _mm256_sub_ps(_mm256_setzero_ps(), top));
-  return _mm256_cvtps_epi32(y);
+// Four registers of eight codes as bytes, within -top and top.
+COMMKIT_TARGET inline void store_codes(const __m256i *c, __m256i top, int8_t *codes) {
+  // Packing works within halves of a register; this puts the four-byte groups back in order.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bottom = _mm256_sub_epi8(_mm256_setzero_si256(), top);
+  __m256i packed =
+      _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+  packed = _mm256_max_epi8(_mm256_min_epi8(packed, top), bottom);
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes),
+                      _mm256_permutevar8x32_epi32(packed, order));
 }
 
 COMMKIT_TARGET void round_nearest(const float *x, int64_t n, float inverse, float top,
                                   int8_t *codes) {
-  const __m256 factor = _mm256_set1_ps(inverse), limit = _mm256_set1_ps(top);
-  // Packing works within halves of a register; this puts the four-byte groups back in order.
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256 factor = _mm256_set1_ps(inverse);
+  const __m256i limit = _mm256_set1_epi8(static_cast<int8_t>(top));
   const int64_t whole = n - n % 32;
   for (int64_t i = 0; i < whole; i += 32) {
     __m256i c[4];
-    for (int j = 0; j < 4; ++j)
-      c[j] = to_code(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor), limit);
-    const __m256i packed =
-        _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes + i),
-                        _mm256_permutevar8x32_epi32(packed, order));
+    for (int j = 0; j < 4; ++j) // half to even, as loops::nearest
+      c[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor));
+    store_codes(c, limit, codes + i);
   }
   loops::round_nearest(x + whole, n - whole, inverse, top, codes + whole);
+}
+
+COMMKIT_TARGET inline __m256i xor_shifted(__m256i h, int by) {
+  return _mm256_xor_si256(h, _mm256_srli_epi32(h, by));
+}
+
+COMMKIT_TARGET void round_randomly(const float *x, int64_t n, float inverse, float top,
+                                   const uint32_t *keys, uint32_t first, int8_t *codes) {
+  const __m256 factor = _mm256_set1_ps(inverse), unit = _mm256_set1_ps(0x1p-24f);
+  const __m256i limit = _mm256_set1_epi8(static_cast<int8_t>(top));
+  const __m256i second = _mm256_set1_epi32(static_cast<int32_t>(keys[1]));
+  const __m256i m1 = _mm256_set1_epi32(0x7FEB352D);
+  const __m256i m2 = _mm256_set1_epi32(static_cast<int32_t>(0x846CA68Bu));
+  __m256i index = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(first + keys[0])),
+                                   _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const int64_t whole = n - n % 32;
+  for (int64_t i = 0; i < whole; i += 32) {
+    __m256i c[4];
+    for (int j = 0; j < 4; ++j) {
+      __m256i h = _mm256_mullo_epi32(xor_shifted(index, 16), m1);
+      index = _mm256_add_epi32(index, _mm256_set1_epi32(8));
+      h = _mm256_mullo_epi32(xor_shifted(_mm256_add_epi32(h, second), 15), m2);
+      // (h ^ h >> 16) >> 8
+      h = _mm256_xor_si256(_mm256_srli_epi32(h, 8), _mm256_srli_epi32(h, 24));
+      // The noise is an exact product, so that fusing it into the sum rounds nothing away.
+      const __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(h), unit,
+                                       _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor));
+      c[j] = _mm256_cvtps_epi32(_mm256_floor_ps(y));
+    }
+    store_codes(c, limit, codes + i);
+  }
+  loops::round_randomly(x + whole, n - whole, inverse, top, keys,
+                        first + static_cast<uint32_t>(whole), codes + whole);
 }
 
 COMMKIT_TARGET int64_t select(const float *x, int64_t n, float threshold, int64_t first,
@@ -141,11 +176,132 @@ COMMKIT_TARGET int64_t select(const float *x, int64_t n, float threshold, int64_
   int64_t count = 0;
   for (int64_t i = 0; i < whole; i += 8) {
     const __m256 size = magnitude(_mm256_loadu_ps(x + i));
-    auto found = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(size, limit, _CMP_GE_OQ)));
+    auto found = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(size, limit, _CMP_NLT_UQ)));
     for (; found; found &= found - 1)
       out[count++] = first + i + __builtin_ctz(found);
   }
   return count + loops::select(x, whole, n, threshold, first, out + count);
+}
+
+// Eight elements from i on; rounded after every operation, as everywhere.
+template <bool kVelocity, bool kUnsent, bool kNesterov>
+COMMKIT_TARGET inline void correct(const float *g, const Correction &how, __m256 momentum,
+                                   int64_t i, __m256 *u, __m256 *v) {
+  const __m256 x = _mm256_loadu_ps(g + i);
+  __m256 moved = x;
+  if (kVelocity) {
+    const __m256 before = _mm256_loadu_ps(how.velocity + i);
+    moved = kNesterov ? _mm256_add_ps(before, x) : _mm256_add_ps(_mm256_mul_ps(before, momentum), x);
+  }
+  *u = moved = kNesterov ? _mm256_mul_ps(moved, momentum) : moved;
+  if (kUnsent)
+    moved = _mm256_add_ps(_mm256_loadu_ps(how.unsent + i), moved);
+  *v = kNesterov ? _mm256_add_ps(moved, x) : moved;
+}
+
+COMMKIT_TARGET inline bool is_aligned(const float *x) {
+  return reinterpret_cast<uintptr_t>(x) % 32 == 0;
+}
+
+COMMKIT_TARGET inline void put(float *to, __m256 x, bool stream) {
+  if (stream)
+    _mm256_stream_ps(to, x);
+  else
+    _mm256_storeu_ps(to, x);
+}
+
+template <bool kVelocity, bool kUnsent, bool kNesterov>
+COMMKIT_TARGET void correct_all(const float *g, const Correction &how, int64_t n, bool stream,
+                                float *u, float *v) {
+  const __m256 momentum = _mm256_set1_ps(how.momentum);
+  const int64_t whole = n - n % 8;
+  for (int64_t i = 0; i < whole; i += 8) {
+    __m256 moved, total;
+    correct<kVelocity, kUnsent, kNesterov>(g, how, momentum, i, &moved, &total);
+    put(u + i, moved, stream);
+    put(v + i, total, stream);
+  }
+  loops::correct_momentum(g + whole, how.from(whole), n - whole, u + whole, v + whole);
+}
+
+COMMKIT_TARGET void correct_momentum(const float *g, const Correction &how, int64_t n, bool stream,
+                                     float *u, float *v) {
+  stream = stream && is_aligned(u) && is_aligned(v);
+  COMMKIT_BY_KIND(how, correct_all, g, how, n, stream, u, v);
+}
+
+template <bool kVelocity, bool kUnsent, bool kNesterov>
+COMMKIT_TARGET int64_t correct_and_select_as(const float *g, const Correction &how, const Cut &cut,
+                                             int64_t n, bool stream, float *u, float *v,
+                                             int64_t first, int64_t *places, float *values) {
+  const __m256 momentum = _mm256_set1_ps(how.momentum);
+  const __m256 low = _mm256_set1_ps(cut.low), high = _mm256_set1_ps(cut.high);
+  const __m256 masked = _mm256_castsi256_ps(_mm256_set1_epi32(cut.masking ? -1 : 0));
+  const int64_t whole = n - n % 8;
+  int64_t count = 0;
+  for (int64_t i = 0; i < whole; i += 8) {
+    __m256 moved, total;
+    correct<kVelocity, kUnsent, kNesterov>(g, how, momentum, i, &moved, &total);
+    const __m256 size = magnitude(total);
+    auto found = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(size, low, _CMP_NLT_UQ)));
+    if (__builtin_expect(found != 0, 0)) {
+      alignas(32) float each[8];
+      _mm256_store_ps(each, total);
+      for (; found; found &= found - 1) {
+        const int k = __builtin_ctz(found);
+        places[count] = first + i + k;
+        values[count++] = each[k];
+      }
+      const __m256 certain = _mm256_cmp_ps(size, high, _CMP_NLT_UQ);
+      total = _mm256_andnot_ps(certain, total);
+      moved = _mm256_andnot_ps(_mm256_and_ps(certain, masked), moved);
+    }
+    put(u + i, moved, stream);
+    put(v + i, total, stream);
+  }
+  return count + loops::correct_and_select(g + whole, how.from(whole), cut, n - whole, u + whole,
+                                           v + whole, first + whole, places + count,
+                                           values + count);
+}
+
+COMMKIT_TARGET int64_t correct_and_select(const float *g, const Correction &how, const Cut &cut,
+                                          int64_t n, bool stream, float *u, float *v, int64_t first,
+                                          int64_t *places, float *values) {
+  stream = stream && is_aligned(u) && is_aligned(v);
+  return COMMKIT_BY_KIND(how, correct_and_select_as, g, how, cut, n, stream, u, v, first, places,
+                         values);
+}
+
+void drain() { _mm_sfence(); }
+
+// Lines side by side use a row that is loaded once.
+template <int kLines>
+COMMKIT_TARGET inline void mix_lines(const float *shares, const int32_t *which, int64_t count,
+                                     const float *rows, int64_t stride, float *out) {
+  for (int64_t c = 0; c < stride; c += kColumns) {
+    __m256 sums[kLines][kColumns / 8] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const float *row = rows + which[i] * stride + c;
+      for (int j = 0; j < kColumns / 8; ++j) {
+        const __m256 x = _mm256_loadu_ps(row + 8 * j);
+        for (int l = 0; l < kLines; ++l) // rounded twice, as everywhere
+          sums[l][j] =
+              _mm256_add_ps(sums[l][j], _mm256_mul_ps(_mm256_set1_ps(shares[l * count + i]), x));
+      }
+    }
+    for (int l = 0; l < kLines; ++l)
+      for (int j = 0; j < kColumns / 8; ++j)
+        _mm256_storeu_ps(out + l * stride + c + 8 * j, sums[l][j]);
+  }
+}
+
+COMMKIT_TARGET void mix_rows(const float *shares, int64_t lines, const int32_t *which,
+                             int64_t count, const float *rows, int64_t stride, float *out) {
+  int64_t l = 0;
+  for (; l + 2 <= lines; l += 2)
+    mix_lines<2>(shares + l * count, which, count, rows, stride, out + l * stride);
+  if (l < lines)
+    mix_lines<1>(shares + l * count, which, count, rows, stride, out + l * stride);
 }
 
 COMMKIT_TARGET void widen_float16(const uint16_t *x, int64_t n, float *out) {
@@ -156,16 +312,22 @@ COMMKIT_TARGET void widen_float16(const uint16_t *x, int64_t n, float *out) {
   loops::widen_float16(x + whole, n - whole, out + whole);
 }
 
-const Table kTable = {"avx2",         pack_signs,     encode_signs,     sum_signs,
-                      peak,           round_nearest,  round_randomly,   pack_nibbles,
-                      unpack_nibbles, scale_codes,    add_scaled_codes, add,
-                      noise,          ternarize,      pack_ternary,     unpack_ternary,
-                      select,         widen_bfloat16, widen_float16};
+const Table kTable = {
+    "avx2",       pack_signs,        encode_signs,       sum_signs,
+    peak,         round_nearest,     round_randomly,     round_e3m0,
+    pack_nibbles, unpack_nibbles,    scale_codes,        add_scaled_codes,
+    scale_levels, add_scaled_levels, add,                noise,
+    ternarize,    pack_ternary,      unpack_ternary,     select,
+    lane_peaks,   correct_momentum,  correct_and_select, drain,
+    frozen_adam,  mix_rows,          widen_bfloat16,     widen_float16};
 
 } // namespace
 
 const commkit::Table *commkit::avx2_table() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? &kTable : nullptr;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                 __builtin_cpu_supports("f16c")
+             ? &kTable
+             : nullptr;
 }
 
 #else

@@ -19,16 +19,35 @@ uint32_t peak(const float *x, int64_t n) { return loops::peak(x, n); }
 void round_nearest(const float *x, int64_t n, float inverse, float top, int8_t *codes) {
   loops::round_nearest(x, n, inverse, top, codes);
 }
+void round_randomly(const float *x, int64_t n, float inverse, float top, const uint32_t *keys,
+                    uint32_t first, int8_t *codes) {
+  loops::round_randomly(x, n, inverse, top, keys, first, codes);
+}
 int64_t select(const float *x, int64_t n, float threshold, int64_t first, int64_t *out) {
   return loops::select(x, 0, n, threshold, first, out);
 }
+void correct_momentum(const float *g, const Correction &how, int64_t n, bool, float *u, float *v) {
+  loops::correct_momentum(g, how, n, u, v);
+}
+int64_t correct_and_select(const float *g, const Correction &how, const Cut &cut, int64_t n, bool,
+                           float *u, float *v, int64_t first, int64_t *places, float *values) {
+  return loops::correct_and_select(g, how, cut, n, u, v, first, places, values);
+}
+void drain() {}
+void mix_rows(const float *shares, int64_t lines, const int32_t *which, int64_t count,
+              const float *rows, int64_t stride, float *out) {
+  loops::mix_rows(shares, lines, which, count, rows, stride, out);
+}
 void widen_float16(const uint16_t *x, int64_t n, float *out) { loops::widen_float16(x, n, out); }
 
-const Table kTable = {"baseline",     pack_signs,     encode_signs,     sum_signs,
-                      peak,           round_nearest,  round_randomly,   pack_nibbles,
-                      unpack_nibbles, scale_codes,    add_scaled_codes, add,
-                      noise,          ternarize,      pack_ternary,     unpack_ternary,
-                      select,         widen_bfloat16, widen_float16};
+const Table kTable = {
+    "baseline",   pack_signs,        encode_signs,       sum_signs,
+    peak,         round_nearest,     round_randomly,     round_e3m0,
+    pack_nibbles, unpack_nibbles,    scale_codes,        add_scaled_codes,
+    scale_levels, add_scaled_levels, add,                noise,
+    ternarize,    pack_ternary,      unpack_ternary,     select,
+    lane_peaks,   correct_momentum,  correct_and_select, drain,
+    frozen_adam,  mix_rows,          widen_bfloat16,     widen_float16};
 
 } // namespace
 

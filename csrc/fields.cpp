@@ -25,7 +25,7 @@ void ck_ternarize(const void *x, int dtype, int64_t n, float scale, const uint32
   const Input input(x, dtype, t);
   const float divisor = scale > 0 ? scale : 1.0f;
   over_chunks(n, threads, [&](int64_t begin, int64_t count) {
-    input.each(begin, begin + count, kChunk, [&](const float *piece, int64_t at, int64_t size) {
+    input.each(begin, begin + count, [&](const float *piece, int64_t at, int64_t size) {
       t.ternarize(piece, size, divisor, keys, static_cast<uint32_t>(at), codes + at);
     });
   });
@@ -35,13 +35,6 @@ void ck_pack_ternary(const int8_t *codes, int64_t n, uint8_t *packed, int thread
   const Table &t = table();
   over_chunks(n, threads, [&](int64_t begin, int64_t count) {
     t.pack_ternary(codes + begin, count, packed + begin / 4);
-  });
-}
-
-void ck_unpack_ternary(const uint8_t *packed, int64_t n, float *out, int threads) {
-  const Table &t = table();
-  over_chunks(n, threads, [&](int64_t begin, int64_t count) {
-    t.unpack_ternary(packed + begin / 4, count, out + begin);
   });
 }
 

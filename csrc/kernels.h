@@ -13,10 +13,13 @@
 
 // Bumped with every change of a signature below: a library left over from another build is not
 // used.
-constexpr int kInterface = 1;
+constexpr int kInterface = 3;
 
 // Dtypes of inputs.
 enum CommkitDtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Codes of blocks. Ternary ones are only summed.
+enum CommkitCode { kTernary = 2, kE3M0 = 3, kInt4 = 4, kInt8 = 8 };
 
 COMMKIT_API int ck_interface();
 
@@ -36,16 +39,16 @@ COMMKIT_API void ck_encode_signs(const void *x, int dtype, int64_t n, uint8_t *b
 COMMKIT_API void ck_sum_signs(float *out, int64_t n, const uint8_t *const *bits,
                               const float *scales, int rows, int accumulate, int threads);
 
-// codes: n bytes at 8 bits, (n + 1) / 2 at 4, where block_size must be even. keys: the two of the
+// codes: n bytes of kInt8, else (n + 1) / 2, where block_size must be even. keys: the two of the
 // noise, or null to round to nearest.
-COMMKIT_API void ck_quantize_blocks(const void *x, int dtype, int64_t n, int bits,
+COMMKIT_API void ck_quantize_blocks(const void *x, int dtype, int64_t n, int code,
                                     int64_t block_size, const uint32_t *keys, uint8_t *codes,
                                     float *scales, int threads);
 
 // As ck_sum_signs, with codes of blocks, each of which is divided by divisor; scales[r] has one
-// float per block.
+// float per block. Blocks begin at a byte.
 COMMKIT_API void ck_sum_blocks(float *out, int64_t n, const uint8_t *const *codes,
-                               const float *const *scales, int rows, int bits, int64_t block_size,
+                               const float *const *scales, int rows, int code, int64_t block_size,
                                int divisor, int accumulate, int threads);
 
 COMMKIT_API void ck_uniform_noise(float *out, int64_t n, const uint32_t *keys, int threads);
@@ -55,16 +58,53 @@ COMMKIT_API void ck_ternarize(const void *x, int dtype, int64_t n, float scale,
 
 // fields: 4 of 2 bits or 2 of 4 bits in a byte, each code + bias.
 COMMKIT_API void ck_pack_ternary(const int8_t *codes, int64_t n, uint8_t *packed, int threads);
-COMMKIT_API void ck_unpack_ternary(const uint8_t *packed, int64_t n, float *out, int threads);
 COMMKIT_API void ck_pack_nibbles(const int8_t *codes, int64_t n, uint8_t *packed, int threads);
 
-// Indices, in rising order, of all |x| >= threshold. Returns how many; they wait in *found for
-// ck_take, which copies them to out and frees them. -1: out of memory.
-COMMKIT_API int64_t ck_select_at_least(const float *x, int64_t n, float threshold, void **found,
-                                       int threads);
+// Indices, in rising order, of all |x| not below the threshold. Returns how many; they wait in
+// *found for ck_take, which copies them to out and frees them. -1: out of memory.
+COMMKIT_API int64_t ck_select_at_least(const void *x, int dtype, int64_t n, float threshold,
+                                       void **found, int threads);
 COMMKIT_API void ck_take(void *found, int64_t *out);
+
+// The rank-th largest magnitude of x[first], x[first + stride] ..., NaN above all; 1 <= rank <= how
+// many there are. -1: out of memory.
+COMMKIT_API int ck_ranked_magnitude(const void *x, int dtype, int64_t n, int64_t first,
+                                    int64_t stride, int64_t rank, float *out, int threads);
+
+// out: (rows, k) indices, rising in each row, of its k largest magnitudes; x: (rows, n), n > 0,
+// 1 <= k <= n. -1: out of memory.
+COMMKIT_API int ck_largest_of_rows(const void *x, int dtype, int64_t rows, int64_t n, int64_t k,
+                                   int64_t *out, int threads);
 
 // out[indices[i]] += values[i]; indices of index_bytes 4 or 8. -1: one is outside, and nothing was
 // done.
 COMMKIT_API int ck_scatter_accumulate(float *out, int64_t n, const void *indices, int index_bytes,
                                       const float *values, int64_t k);
+
+// See reference.correct_momentum_. velocity and unsent may be null.
+COMMKIT_API void ck_correct_momentum(const void *g, int dtype, int64_t n, const float *velocity,
+                                     const float *unsent, float momentum, int nesterov, float *u,
+                                     float *v, int threads);
+
+// See reference.dgc_step_: places and values have room for k, 1 <= k <= n. The low_rank-th largest of
+// the new v at first, first + stride ... is where the search for the k largest begins, and what is
+// above the high_rank-th (0: none) is taken to be among them; any will do, good ones save time. What
+// is sent of a magnitude not above `negligible` is nothing, and its velocity stays. -1: out of
+// memory, with u and v undefined.
+COMMKIT_API int ck_dgc_step(const void *g, int dtype, int64_t n, const float *velocity,
+                            const float *unsent, float momentum, int nesterov, int masking,
+                            float negligible, int64_t first, int64_t stride, int64_t low_rank,
+                            int64_t high_rank, int64_t k, float *u, float *v, int64_t *places,
+                            float *values, int threads);
+
+// See reference.frozen_adam_.
+COMMKIT_API void ck_frozen_adam(float *p, float *exp_avg, const float *momentum,
+                                const float *denominator, float keep, float size, int64_t n,
+                                int threads);
+
+// See reference.combine_tiles_: out is (rows * height, columns * width); places[r] and values[r]
+// are (rows * columns, k), for count r. -1: a place is outside of a tile.
+COMMKIT_API int ck_combine_tiles(float *out, int64_t rows, int64_t height, int64_t columns,
+                                 int64_t width, const int16_t *const *places,
+                                 const float *const *values, int count, int64_t k,
+                                 const float *tall, const float *wide, int subtract, int threads);

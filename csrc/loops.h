@@ -6,7 +6,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "table.h"
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define COMMKIT_INLINE static __host__ __device__ __forceinline__
+#else
 #define COMMKIT_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace commkit {
 namespace loops {
@@ -138,6 +144,24 @@ COMMKIT_INLINE void round_randomly(const float *__restrict x, int64_t n, float i
   }
 }
 
+// Codes of reference.quantize_e3m0, less 8 so that pack_nibbles takes them. keys: null to round to
+// nearest.
+COMMKIT_INLINE void round_e3m0(const float *__restrict x, int64_t n, float divisor,
+                               const uint32_t *keys, uint32_t first, int8_t *__restrict codes) {
+  const uint32_t k0 = keys ? keys[0] : 0, k1 = keys ? keys[1] : 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = std::fabs(x[i]) / divisor;
+    const uint32_t u = bits_of(y);
+    const bool graded = y >= 0x1p-6f;
+    // y = 2^(code - 7) (1 + p), or below the first level p / 64
+    const float p = graded ? float_of((u & 0x7FFFFFu) | 0x3F800000u) - 1.0f : 64.0f * y;
+    const float limit = keys ? uniform(first + static_cast<uint32_t>(i), k0, k1) : 0.5f;
+    const int32_t code = (graded ? static_cast<int32_t>(u >> 23) - 120 : 0) + (p > limit);
+    const int32_t sign = (x[i] < 0) & (code > 0) ? 8 : 0;
+    codes[i] = static_cast<int8_t>(code + sign - 8);
+  }
+}
+
 COMMKIT_INLINE void pack_nibbles(const int8_t *__restrict codes, int64_t n,
                                  uint8_t *__restrict packed) {
   for (int64_t j = 0; j < n / 2; ++j)
@@ -157,25 +181,49 @@ COMMKIT_INLINE void unpack_nibbles(const uint8_t *__restrict packed, int64_t n,
     codes[n - 1] = static_cast<int8_t>((packed[n / 2] & 15) - 8);
 }
 
-// Dividing by 1 changes nothing but takes its time.
-COMMKIT_INLINE void scale_codes(const int8_t *__restrict codes, int64_t n, float scale,
-                                float divisor, float *__restrict out) {
+// What a code stands for, in units of its scale.
+struct Whole {
+  COMMKIT_INLINE float value(int8_t code) { return static_cast<float>(code); }
+};
+struct Exponent {
+  COMMKIT_INLINE float value(int8_t code) {
+    const uint32_t field = static_cast<uint32_t>(static_cast<int32_t>(code) + 8);
+    const uint32_t size = field & 7;
+    return float_of((field >> 3) << 31 | (size ? (size + 120) << 23 : 0));
+  }
+};
+
+// Of whole numbers. Multiplying by the reciprocal of one gives the bits of a division, sooner.
+COMMKIT_INLINE bool is_power_of_two(float x) { return (bits_of(x) & 0x7FFFFFu) == 0; }
+
+template <class Level>
+COMMKIT_INLINE void scale(const int8_t *__restrict codes, int64_t n, float scale, float divisor,
+                          float *__restrict out) {
+  const float inverse = 1.0f / divisor;
   if (divisor == 1)
     for (int64_t i = 0; i < n; ++i)
-      out[i] = static_cast<float>(codes[i]) * scale;
+      out[i] = Level::value(codes[i]) * scale;
+  else if (is_power_of_two(divisor))
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = Level::value(codes[i]) * scale * inverse;
   else
     for (int64_t i = 0; i < n; ++i)
-      out[i] = static_cast<float>(codes[i]) * scale / divisor;
+      out[i] = Level::value(codes[i]) * scale / divisor;
 }
 
-COMMKIT_INLINE void add_scaled_codes(const int8_t *__restrict codes, int64_t n, float scale,
-                                     float divisor, float *__restrict out) {
+template <class Level>
+COMMKIT_INLINE void add_scaled(const int8_t *__restrict codes, int64_t n, float scale,
+                               float divisor, float *__restrict out) {
+  const float inverse = 1.0f / divisor;
   if (divisor == 1)
     for (int64_t i = 0; i < n; ++i)
-      out[i] += static_cast<float>(codes[i]) * scale;
+      out[i] += Level::value(codes[i]) * scale;
+  else if (is_power_of_two(divisor))
+    for (int64_t i = 0; i < n; ++i)
+      out[i] += Level::value(codes[i]) * scale * inverse;
   else
     for (int64_t i = 0; i < n; ++i)
-      out[i] += static_cast<float>(codes[i]) * scale / divisor;
+      out[i] += Level::value(codes[i]) * scale / divisor;
 }
 
 COMMKIT_INLINE void add(const float *x, int64_t n, float *out) {
@@ -210,21 +258,122 @@ COMMKIT_INLINE void pack_ternary(const int8_t *__restrict codes, int64_t n,
 }
 
 COMMKIT_INLINE void unpack_ternary(const uint8_t *__restrict packed, int64_t n,
-                                   float *__restrict out) {
+                                   int8_t *__restrict codes) {
   for (int64_t j = 0; j < n / 4; ++j)
     for (int k = 0; k < 4; ++k)
-      out[4 * j + k] = static_cast<float>(((packed[j] >> (2 * k)) & 3) - 1);
+      codes[4 * j + k] = static_cast<int8_t>(((packed[j] >> (2 * k)) & 3) - 1);
   for (int64_t i = n - n % 4; i < n; ++i)
-    out[i] = static_cast<float>(((packed[i / 4] >> (2 * (i % 4))) & 3) - 1);
+    codes[i] = static_cast<int8_t>(((packed[i / 4] >> (2 * (i % 4))) & 3) - 1);
 }
 
 COMMKIT_INLINE int64_t select(const float *x, int64_t from, int64_t n, float threshold,
                               int64_t first, int64_t *out) {
   int64_t count = 0;
   for (int64_t i = from; i < n; ++i)
-    if (std::fabs(x[i]) >= threshold)
+    if (!(std::fabs(x[i]) < threshold))
       out[count++] = first + i;
   return count;
+}
+
+// tops[i % lanes] = max(itself, bits of |x[i]|); lanes is a multiple of 32.
+COMMKIT_INLINE void lane_peaks(const float *__restrict x, int64_t n, int64_t lanes,
+                               int32_t *__restrict tops) {
+  for (int64_t i = 0; i < n; i += lanes) {
+    const int64_t count = n - i < lanes ? n - i : lanes;
+    for (int64_t k = 0; k < count; ++k) {
+      const auto size = static_cast<int32_t>(bits_of(x[i + k]) & 0x7FFFFFFFu);
+      tops[k] = size > tops[k] ? size : tops[k];
+    }
+  }
+}
+
+// u and v of element i; see reference.correct_momentum_.
+template <bool kVelocity, bool kUnsent, bool kNesterov>
+COMMKIT_INLINE void correct(const float *g, const float *velocity, const float *unsent,
+                            float momentum, int64_t i, float *u, float *v) {
+  float moved = kNesterov ? (kVelocity ? velocity[i] + g[i] : g[i]) * momentum
+                          : (kVelocity ? velocity[i] * momentum + g[i] : g[i]);
+  u[i] = moved;
+  moved = kUnsent ? unsent[i] + moved : moved;
+  v[i] = kNesterov ? moved + g[i] : moved;
+}
+
+// function<velocity, unsent, nesterov>(...) for what there is of them.
+#define COMMKIT_BY_KIND(how, function, ...)                                                        \
+  ((how).velocity ? (how).unsent ? (how).nesterov ? function<true, true, true>(__VA_ARGS__)        \
+                                                  : function<true, true, false>(__VA_ARGS__)       \
+                    : (how).nesterov ? function<true, false, true>(__VA_ARGS__)                    \
+                                     : function<true, false, false>(__VA_ARGS__)                   \
+   : (how).unsent ? (how).nesterov ? function<false, true, true>(__VA_ARGS__)                      \
+                                   : function<false, true, false>(__VA_ARGS__)                     \
+   : (how).nesterov ? function<false, false, true>(__VA_ARGS__)                                    \
+                    : function<false, false, false>(__VA_ARGS__))
+
+template <bool kVelocity, bool kUnsent, bool kNesterov>
+COMMKIT_INLINE void correct_all(const float *__restrict g, const float *__restrict velocity,
+                                const float *__restrict unsent, float momentum, int64_t n,
+                                float *__restrict u, float *__restrict v) {
+  for (int64_t i = 0; i < n; ++i)
+    correct<kVelocity, kUnsent, kNesterov>(g, velocity, unsent, momentum, i, u, v);
+}
+
+COMMKIT_INLINE void correct_momentum(const float *g, const Correction &how, int64_t n, float *u,
+                                     float *v) {
+  COMMKIT_BY_KIND(how, correct_all, g, how.velocity, how.unsent, how.momentum, n, u, v);
+}
+
+template <bool kVelocity, bool kUnsent, bool kNesterov>
+COMMKIT_INLINE int64_t correct_and_select_as(const float *g, const Correction &how,
+                                             const Cut &cut, int64_t n, float *u, float *v,
+                                             int64_t first, int64_t *places, float *values) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    correct<kVelocity, kUnsent, kNesterov>(g, how.velocity, how.unsent, how.momentum, i, u, v);
+    const float x = v[i];
+    if (std::fabs(x) < cut.low)
+      continue;
+    places[count] = first + i;
+    values[count++] = x;
+    if (!(std::fabs(x) < cut.high)) {
+      v[i] = 0;
+      u[i] = cut.masking ? 0 : u[i];
+    }
+  }
+  return count;
+}
+
+COMMKIT_INLINE int64_t correct_and_select(const float *g, const Correction &how, const Cut &cut,
+                                          int64_t n, float *u, float *v, int64_t first,
+                                          int64_t *places, float *values) {
+  return COMMKIT_BY_KIND(how, correct_and_select_as, g, how, cut, n, u, v, first, places, values);
+}
+
+COMMKIT_INLINE void frozen_adam(float *__restrict p, float *__restrict exp_avg,
+                                const float *__restrict momentum,
+                                const float *__restrict denominator, float keep, float size,
+                                int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float m = momentum[i];
+    exp_avg[i] = m;
+    p[i] = p[i] * keep + -size * m / denominator[i];
+  }
+}
+
+// Line l of out = shares[l count] rows[which[0]] + shares[l count + 1] rows[which[1]] + ..., added
+// up in this order. Rows and lines have stride floats, a multiple of kColumns.
+COMMKIT_INLINE void mix_rows(const float *shares, int64_t lines, const int32_t *which,
+                             int64_t count, const float *__restrict rows, int64_t stride,
+                             float *__restrict out) {
+  for (int64_t l = 0; l < lines; ++l, shares += count, out += stride)
+    for (int64_t c = 0; c < stride; c += kColumns) {
+      float sums[kColumns] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const float *row = rows + which[i] * stride + c;
+        for (int k = 0; k < kColumns; ++k)
+          sums[k] += shares[i] * row[k];
+      }
+      std::memcpy(out + c, sums, sizeof sums);
+    }
 }
 
 COMMKIT_INLINE void widen_bfloat16(const uint16_t *x, int64_t n, float *out) {

@@ -16,7 +16,7 @@ void ck_encode_signs(const void *x, int dtype, int64_t n, uint8_t *bits, double 
   // Partial sums belong to chunks, not to threads, and are added in order.
   std::vector<double> sums(l1 ? chunks : 0);
   parallel_for(chunks, kChunk, threads, [&](int64_t begin, int64_t end) {
-    input.each(begin * kChunk, std::min(n, end * kChunk), kChunk,
+    input.each(begin * kChunk, std::min(n, end * kChunk),
                [&](const float *piece, int64_t at, int64_t count) {
                  if (l1)
                    sums[at / kChunk] = t.encode_signs(piece, count, bits + at / 8);

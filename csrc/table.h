@@ -7,6 +7,31 @@ namespace commkit {
 
 // Pieces that stay in the first-level cache.
 constexpr int64_t kChunk = 1024;
+// From so many floats on, stores go past the caches: where the next pass reads them, and where it
+// hardly does.
+constexpr int64_t kBeyondCaches = int64_t{1} << 21;
+constexpr int64_t kWorthStreaming = int64_t{1} << 18;
+// Of a row of a tile, kept in registers.
+constexpr int64_t kColumns = 32;
+
+// Momentum correction, see reference.correct_momentum_. Without a velocity or an unsent they are null.
+struct Correction {
+  const float *velocity, *unsent;
+  float momentum;
+  bool nesterov;
+
+  Correction from(int64_t at) const {
+    return {velocity ? velocity + at : nullptr, unsent ? unsent + at : nullptr, momentum, nesterov};
+  }
+};
+
+// What a step of Deep Gradient Compression takes out of v on its way: what is not below `low` is a
+// candidate; what is not below `high` is sent for certain, so v is written as 0 there, and so is u
+// with masking.
+struct Cut {
+  float low, high;
+  bool masking;
+};
 
 struct Table {
   const char *name;
@@ -20,24 +45,51 @@ struct Table {
 
   // Largest |x| as the bits of a float, which order like integers: NaN is above all.
   uint32_t (*peak)(const float *x, int64_t n);
+  // Of finite x with |x * inverse| <= top but for rounding. The baseline's take any x.
   void (*round_nearest)(const float *x, int64_t n, float inverse, float top, int8_t *codes);
   void (*round_randomly)(const float *x, int64_t n, float inverse, float top, const uint32_t *keys,
                          uint32_t first, int8_t *codes);
+  void (*round_e3m0)(const float *x, int64_t n, float divisor, const uint32_t *keys, uint32_t first,
+                     int8_t *codes);
   void (*pack_nibbles)(const int8_t *codes, int64_t n, uint8_t *packed);
   void (*unpack_nibbles)(const uint8_t *packed, int64_t n, int8_t *codes);
   // out = code * scale / divisor, or out += that.
   void (*scale_codes)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
   void (*add_scaled_codes)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
+  // The same for codes of round_e3m0.
+  void (*scale_levels)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
+  void (*add_scaled_levels)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
   void (*add)(const float *x, int64_t n, float *out);
 
   void (*noise)(const uint32_t *keys, uint32_t first, int64_t n, float *out);
   void (*ternarize)(const float *x, int64_t n, float divisor, const uint32_t *keys, uint32_t first,
                     int8_t *codes);
   void (*pack_ternary)(const int8_t *codes, int64_t n, uint8_t *packed);
-  void (*unpack_ternary)(const uint8_t *packed, int64_t n, float *out);
+  void (*unpack_ternary)(const uint8_t *packed, int64_t n, int8_t *codes);
 
-  // Appends first + i of every |x[i]| >= threshold to out, which has room for n; returns how many.
+  // Appends first + i of every |x[i]| not below the threshold to out, which has room for n; returns
+  // how many.
   int64_t (*select)(const float *x, int64_t n, float threshold, int64_t first, int64_t *out);
+
+  // tops[i % lanes] = max(itself, bits of |x[i]|); lanes is a multiple of 32.
+  void (*lane_peaks)(const float *x, int64_t n, int64_t lanes, int32_t *tops);
+
+  // stream: past the caches, where the processor can; then drain() comes before another thread reads.
+  void (*correct_momentum)(const float *g, const Correction &how, int64_t n, bool stream, float *u,
+                           float *v);
+  // The same, and appends first + i and v[i] of candidates to places and values, which have room
+  // for n; returns how many.
+  int64_t (*correct_and_select)(const float *g, const Correction &how, const Cut &cut, int64_t n,
+                                bool stream, float *u, float *v, int64_t first, int64_t *places,
+                                float *values);
+  void (*drain)();
+  void (*frozen_adam)(float *p, float *exp_avg, const float *momentum, const float *denominator,
+                      float keep, float size, int64_t n);
+
+  // Line l of out = the sum of shares[l * count + i] * rows[which[i]]; rows and lines are of stride
+  // floats, a multiple of kColumns.
+  void (*mix_rows)(const float *shares, int64_t lines, const int32_t *which, int64_t count,
+                   const float *rows, int64_t stride, float *out);
 
   void (*widen_bfloat16)(const uint16_t *x, int64_t n, float *out);
   void (*widen_float16)(const uint16_t *x, int64_t n, float *out);

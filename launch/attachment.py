@@ -3,7 +3,7 @@
 from typing import Protocol
 
 import commkit
-from commkit.comm import DistComm
+from commkit.types import Comm
 
 
 class StepCost(Protocol):
@@ -31,11 +31,13 @@ class StepCost(Protocol):
 
 
 class Attachment(Protocol):
-    """What the loop needs of a scheme at work: :class:`commkit.Handle` or
-    :class:`launch.baselines.Baseline`."""
+    """What the loop needs of a scheme at work: :class:`commkit.Handle`,
+    :class:`commkit.outer.OuterSync` or :class:`launch.baselines.Baseline`."""
 
-    comm: DistComm
     reducer: commkit.Reducer
+
+    @property
+    def comm(self) -> Comm: ...
 
     @property
     def last_step(self) -> StepCost: ...

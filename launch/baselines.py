@@ -199,9 +199,7 @@ def check(scheme: Mapping[str, Any], resume: bool) -> None:
             )
 
 
-def attach(
-    ddp: DistributedDataParallel, optimizer: Optimizer, scheme: Mapping[str, Any]
-) -> Attachment:
+def attach(model: torch.nn.Module, optimizer: Optimizer, scheme: Mapping[str, Any]) -> Attachment:
     """Reduce the model's gradients as ``scheme`` says, by commkit or by one of torch's hooks.
 
     Raises:
@@ -209,12 +207,13 @@ def attach(
         TypeError, RuntimeError, ValueError: as :func:`commkit.attach`.
     """
     if isinstance(optimizer, commkit.optim.CommOptimizer):
-        return commkit.attach(ddp, optimizer)
+        return commkit.attach(model, optimizer)
     if not is_baseline(scheme):
-        return commkit.attach(ddp, scheme, optimizer)
+        return commkit.attach(model, scheme, optimizer)
+    assert isinstance(model, DistributedDataParallel)
     recipe, knobs = _resolve(scheme)
-    handle = Baseline(ddp)
-    recipe.register(handle, ddp, optimizer, knobs)
+    handle = Baseline(model)
+    recipe.register(handle, model, optimizer, knobs)
     return handle
 
 

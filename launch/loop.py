@@ -1,13 +1,14 @@
 """The training loop: an ordinary DDP loop, timed, recorded and resumable."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchdata.stateful_dataloader import (  # type: ignore[import-untyped]
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 import commkit
 from commkit.metrics import MetricsSink
+from commkit.outer import AdLoCo, DFedSAM, OuterSync
 from launch.attachment import Attachment
 from launch.interface import InterfaceMeter
 from launch.progress import Progress, RandomState
@@ -35,7 +37,7 @@ class Trainer:
     """
 
     settings: TrainSettings
-    model: DistributedDataParallel
+    model: nn.Module
     optimizer: Optimizer
     handle: Attachment
     loader: "StatefulDataLoader[Tensor]"
@@ -50,13 +52,19 @@ class Trainer:
     def __post_init__(self) -> None:
         self.progress = Progress(self.loader, self.task.digest)
         self.random_state = RandomState(self.device)
+        self.time_is_up = False  # on all ranks alike
 
     @property
     def rank(self) -> int:
         return self.handle.comm.rank
 
+    @property
+    def ended(self) -> bool:
+        """Whether no more steps are to be done."""
+        return self.time_is_up or self.progress.step >= self.settings.steps
+
     def train(self, watch: LauncherWatch) -> dict[str, float]:
-        """Train up to ``settings.steps`` and evaluate; return the task's validation metrics."""
+        """Train until the run has ended and evaluate; return the task's validation metrics."""
         batches = iter(self.loader)
         validation = None
         bar = tqdm(
@@ -68,7 +76,7 @@ class Trainer:
             mininterval=0.5,
         )
         with bar:
-            while self.progress.step < self.settings.steps:
+            while not self.ended:
                 watch.check()
                 record = self.step(batches)
                 for sink in self.sinks:
@@ -77,6 +85,9 @@ class Trainer:
                 self.save_when_due()
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+        if self.local_updates is not None:
+            self.local_updates.finish()
+            validation = None
         return self.evaluate() if validation is None else validation
 
     def step(self, batches: Iterator[Tensor]) -> dict[str, Any]:
@@ -88,25 +99,34 @@ class Trainer:
         lr = learning_rate(self.progress.step + 1, settings.lr, self.settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        local_loss = self.accumulate(batches)
-        if settings.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
-        self.optimizer.step()
+        own = list(islice(batches, self.micro_batches))
+        self.progress.tokens += sum(map(self.task.tokens, own)) * self.handle.comm.world_size
+        losses: list[Tensor] = []
+
+        def closure() -> float:
+            losses.append(self.gradients(own))
+            return float(losses[-1])
+
+        if isinstance(self.handle, DFedSAM):  # evaluates them twice
+            self.optimizer.step(closure)
+        else:
+            losses.append(self.gradients(own))
+            self.optimizer.step()
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
         self.progress.step += 1
         stats = self.handle.last_step
+        self.progress.tick()
         # The mean for the record is not part of the step: it is not timed, and counted nowhere.
-        loss = self.sum_over_ranks(local_loss) / self.handle.comm.world_size
+        loss = self.mean_loss(losses[0])
         if self.meter:
             self.meter.stop(self.progress.step, stats.wire_bytes)
-        self.progress.tick()
         exposed = stats.exposed_comm_seconds
         return {
             "step": self.progress.step,
-            "loss": loss.item(),
+            "loss": loss,
             "lr": lr,
             "tokens": self.progress.tokens,
             "step_seconds": seconds,
@@ -122,29 +142,62 @@ class Trainer:
             "num_contributors": stats.num_contributors,
         }
 
-    def accumulate(self, batches: Iterator[Tensor]) -> Tensor:
-        """Forward and backward of this rank's share; gradients are sent with the last one only.
+    def mean_loss(self, local: Tensor) -> float:
+        """Of all ranks, which hear on the way whether the time of any is up."""
+        limit = self.settings.max_seconds
+        late = limit is not None and self.progress.seconds >= limit
+        both = self.sum_over_ranks(torch.stack([local, torch.full_like(local, late)]))
+        total, latecomers = both.tolist()
+        self.time_is_up = latecomers > 0
+        return float(total / self.handle.comm.world_size)
+
+    def gradients(self, batches: Sequence[Tensor]) -> Tensor:
+        """Forward and backward of this rank's share, clipped; gradients are sent with the last batch only.
 
         Returns the mean loss of the share, a float64 scalar.
         """
-        count = self.settings.batch.accumulate
+        self.optimizer.zero_grad()
+        count = len(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for micro_batch in range(count):
-            batch = next(batches).to(self.device)
-            is_last = micro_batch == count - 1
-            with nullcontext() if is_last else self.model.no_sync():
+        for number, batch in enumerate(batches):
+            batch = batch.to(self.device)
+            is_last = number == count - 1
+            with nullcontext() if is_last else self.no_sync():
                 with self.autocast():
                     loss = self.task.loss(self.model, batch) / count
                 loss.backward()  # type: ignore[no-untyped-call]
                 if is_last and self.after_backward:
                     self.after_backward()
             total += loss.detach()
-            self.progress.tokens += self.task.tokens(batch) * self.handle.comm.world_size
+        if self.settings.optim.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optim.grad_clip)
         return total
 
+    @property
+    def micro_batches(self) -> int:
+        """Backward passes before the optimizer steps: as the recipe says, or as AdLoCo does."""
+        if isinstance(self.handle, AdLoCo):
+            return self.handle.plan.accumulation
+        return self.settings.batch.accumulate
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward passes inside send nothing."""
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return getattr(self.model, "module", self.model)
+
+    @property
+    def local_updates(self) -> OuterSync | None:
+        """The method, if replicas are on their own between rounds."""
+        return self.handle if isinstance(self.handle, OuterSync) else None
+
     def autocast(self) -> torch.autocast:
-        enabled = self.settings.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return autocast(self.device, self.settings)
 
     def evaluate_when_due(self, every: int) -> dict[str, float] | None:
         """Validation metrics if it is this step's turn, written to the records; else None."""
@@ -157,22 +210,16 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Means over all validation samples; ranks share the work and agree on the result."""
-        model, names = self.model.module, self.task.metrics
-        for buffer in model.buffers():  # as DDP does before each step: rank 0's are the model's
-            self.handle.comm.broadcast(buffer, src=0)
-        model.eval()
-        # One sum for each metric, then the number of samples.
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
-        for batch in self.task.validation(self.rank, self.handle.comm.world_size):
-            with self.autocast():
-                means = self.task.measure(model, batch.to(self.device))
-            sums[:-1] += means * batch.shape[0]
-            sums[-1] += batch.shape[0]
-        model.train()
+        """Means over all validation samples; ranks share the work and agree on the result. Inside a round of
+        local updates each share is measured on its rank's own replica."""
+        if self.local_updates is None:  # as DDP does before each step: rank 0's are the model's
+            for buffer in self.module.buffers():
+                self.handle.comm.broadcast(buffer, src=0)
+        mine = self.task.validation(self.rank, self.handle.comm.world_size)
+        sums = measured(self.module, self.task, mine, self.device, self.settings)
         *totals, count = self.sum_over_ranks(sums).tolist()
         self.progress.tick()
-        return {name: total / count for name, total in zip(names, totals, strict=True)}
+        return {name: total / count for name, total in zip(self.task.metrics, totals, strict=True)}
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         return self.handle.comm.all_reduce(x, op="sum")
@@ -180,7 +227,7 @@ class Trainer:
     def save_when_due(self) -> None:
         """Checkpoint at every multiple of ``checkpoint.every`` and at the last step."""
         step, every = self.progress.step, self.settings.checkpoint.every
-        if step == self.settings.steps or (every and step % every == 0):
+        if self.ended or (every and step % every == 0):
             commkit.checkpoint.save(self.run.checkpoint(step), **self.checkpoint_contents())
             if self.rank == 0:
                 self.run.prune_checkpoints()
@@ -196,13 +243,42 @@ class Trainer:
             )
 
     def checkpoint_contents(self) -> dict[str, Any]:
+        weights: dict[str, Any] = {"model": self.module, "optimizer": self.optimizer}
+        replicated: dict[str, Any] = {"progress": self.progress}
+        per_rank: dict[str, Any] = {"random_state": self.random_state}
+        if self.local_updates is None:
+            replicated |= weights
+        else:  # replicas differ inside a round, and inner optimizers always
+            per_rank |= weights | {"replica": self.local_updates.replica_state}
+            replicated["method"] = self.local_updates
         return {
-            "replicated": {
-                "model": self.model.module,
-                "optimizer": self.optimizer,
-                "progress": self.progress,
-            },
-            "per_rank": {"random_state": self.random_state},
+            "replicated": replicated,
+            "per_rank": per_rank,
             "reducer": self.handle.reducer,
             "comm": self.handle.comm,
         }
+
+
+def autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
+    """bf16 if the settings say so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+
+@torch.no_grad()
+def measured(
+    model: nn.Module,
+    task: Task,
+    batches: Iterator[Tensor],
+    device: torch.device,
+    settings: TrainSettings,
+) -> Tensor:
+    """Over validation batches: the sum of each of the task's metrics, then the number of samples; float64."""
+    model.eval()
+    sums = torch.zeros(len(task.metrics) + 1, dtype=torch.float64, device=device)
+    for batch in batches:
+        with autocast(device, settings):
+            means = task.measure(model, batch.to(device))
+        sums[:-1] += means * batch.shape[0]
+        sums[-1] += batch.shape[0]
+    model.train()
+    return sums

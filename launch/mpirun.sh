@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Run a training program under Open MPI's mpirun, which starts the ranks; they talk over gloo or NCCL.
+# Run a training program under Open MPI's mpirun, which starts the ranks; they talk over gloo or NCCL, and schemes with
+# a coordinator over MPI if their recipe says transport: mpi.
 #
-#   NPROC=2 launch/mpirun.sh launch/train.py --config configs/powersgd.yaml
+#   launch/mpirun.sh -n 2 launch/train.py --config configs/powersgd.yaml
 #   NNODES=2 NPROC=4 HOSTFILE=hosts MASTER_ADDR=host0 IFNAME=eth0 launch/mpirun.sh launch/train.py ...
 #
 # Run it once, on the machine that mpirun starts from. Ranks get RANK, WORLD_SIZE, LOCAL_RANK,
-# LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as under torchrun. When one fails, mpirun ends all.
+# LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as under torchrun. When one fails, mpirun ends all, unless it is told
+# MPIRUN_ARGS="--with-ft ulfm": then schemes that can do without a worker go on without it.
 #
 # Environment:
-#   NPROC            ranks on each machine (1)
+#   NPROC            ranks on each machine (1), if there is no -n
 #   NNODES           machines (1)
 #   HOSTFILE         Open MPI's list of machines; needed when there are several
 #   MASTER_ADDR      machine of rank 0, the first of HOSTFILE (one machine: 127.0.0.1)
@@ -23,6 +25,14 @@ set -euo pipefail
 
 python=${PYTHON:-python3}
 nproc=${NPROC:-1}
+if [[ ${1:-} == -n ]]; then
+  if [[ ! ${2:-} =~ ^[1-9][0-9]*$ ]]; then
+    echo "-n: got '${2:-}', but it takes the number of ranks on each machine" >&2
+    exit 2
+  fi
+  nproc=$2
+  shift 2
+fi
 nnodes=${NNODES:-1}
 hosts=()
 if [[ $nnodes != 1 ]]; then

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
-from commkit.optim import OptimizerScheme
+from commkit.optim import AdaptiveBrakingSGD, OptimizerScheme
 from commkit.schemes import make_scheme
+from commkit.straggler import StragglerScheme
 from launch.baselines import is_baseline
 from launch.settings import TrainSettings
 
@@ -39,6 +40,13 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> Optimizer
             )
         offered = special | {"warmup_steps": settings.schedule.warmup}
         return scheme(groups, **common, **_accepted(scheme, offered))
+    if isinstance(scheme, StragglerScheme) and scheme.braking is not None:
+        if optim.name != "sgd":
+            raise ValueError(
+                f"optim.name={optim.name!r} does not brake, as scheme.braking={scheme.braking:g} asks for; set "
+                "optim.name to sgd, or leave braking out"
+            )
+        return AdaptiveBrakingSGD(groups, **common, **special, rho=scheme.braking)
     if optim.name == "sgd":
         return SGD(groups, **common, **special)
     return AdamW(groups, **common, **special, fused=True)

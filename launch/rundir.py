@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -22,7 +23,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import torch
 import yaml
+
+import commkit
+from commkit.metrics import JsonLinesSink, MetricsSink, TensorBoardSink
 
 # Bytes, rounds and seconds are those of this step on rank 0. The loss is the mean over the ranks in
 # nats per byte or image, before the update. Tokens are counted over all ranks since the run began.
@@ -122,6 +127,21 @@ class RunDirectory:
         """Write ``summary.json``: ``facts`` and what the per-step records add up to."""
         summary = {**facts, **aggregate(read_records(self.metrics))}
         write_atomically(self.summary, json.dumps(finite(summary), indent=2) + "\n")
+
+
+def sinks_of(run: RunDirectory, tensorboard: bool) -> tuple[list[MetricsSink], list[MetricsSink]]:
+    """Where records of steps and of evaluations go: JSON lines, and TensorBoard if it is asked for."""
+    boards = [TensorBoardSink(run.path / "tensorboard")] if tensorboard else []
+    return [JsonLinesSink(run.metrics), *boards], [JsonLinesSink(run.validation), *boards]
+
+
+def software() -> dict[str, str]:
+    """Versions, for ``summary.json``."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commkit": commkit.__version__,
+    }
 
 
 def aggregate(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class TrainSettings(Section):
     task: Literal["gpt", "digits"] = "gpt"  # what is learnt: text, or handwritten digits
     seed: NonNegativeInt = 0
     steps: PositiveInt = 300  # when to stop; does not change the schedule
+    max_seconds: PositiveFloat | None = None  # of training, after which a run stops before `steps`
     model: ModelSettings = ModelSettings()  # of gpt
     digits: DigitsSettings = DigitsSettings()
     data: DataSettings = DataSettings()
@@ -193,14 +194,16 @@ class TrainSettings(Section):
 
 
 def _density_warmup(block: Any) -> int:
-    """The longest ``warmup_steps`` of a scheme and of the parts it is composed of."""
+    """The longest ``warmup_steps`` of a scheme and of the parts it is composed of. That of ``options`` is another:
+    it ends where local updates begin."""
     if not isinstance(block, dict):
         return 0
     own = block.get("warmup_steps", 0)
-    return max(own if isinstance(own, int) else 0, *map(_density_warmup, [None, *block.values()]))
+    parts = [value for key, value in block.items() if key != "options"]
+    return max(own if isinstance(own, int) else 0, *map(_density_warmup, [None, *parts]))
 
 
 # What may differ between a run and its resumption without making it another run.
 RESUMABLE_CHANGES = frozenset(
-    {"steps", "batch", "checkpoint", "eval", "ddp", "device", "tensorboard"}
+    {"steps", "max_seconds", "batch", "checkpoint", "eval", "ddp", "device", "tensorboard"}
 )

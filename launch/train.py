@@ -7,11 +7,10 @@ Also runs without torchrun, as a single process. What it writes is described in
 """
 
 import os
-import platform
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,15 +23,15 @@ import torch.distributed as dist
 import tyro
 from torch.nn.parallel import DistributedDataParallel
 
-import commkit
 from commkit.config import apply_overrides, load_yaml, validate
-from commkit.metrics import JsonLinesSink, TensorBoardSink
-from launch import baselines
+from commkit.outer import OuterScheme
+from commkit.schemes import make_scheme
+from launch import asynchronous, baselines, coordinated
 from launch.gpt import count_parameters
 from launch.interface import InterfaceMeter, meter_from_environment
 from launch.loop import Trainer
 from launch.optimizer import make_optimizer
-from launch.rundir import RunDirectory
+from launch.rundir import RunDirectory, sinks_of, software
 from launch.settings import RESUMABLE_CHANGES, TrainSettings
 from launch.tasks import Task, make_task
 from launch.world import LauncherWatch, World
@@ -86,10 +85,15 @@ def main(words: Sequence[str] | None = None) -> None:
     )  # torchdata on torch 2.13
     arguments = tyro.cli(Arguments, args=words)
     try:
-        trainer = set_up(prepare(arguments))
+        job = prepare(arguments)
+        role = role_of(job)
+        trainer = set_up(job) if role is None else None
     except SetupError as error:
         refuse(error)
-    train(trainer)
+    if role is not None:
+        role()
+    elif trainer is not None:
+        train(trainer)
 
 
 def prepare(arguments: Arguments) -> Job:
@@ -150,19 +154,15 @@ def set_up(job: Job) -> Trainer:
     torch.manual_seed(settings.seed + world.rank)  # dropout: different masks on each rank
     world.join(device)
     model = job.task.build().to(device)
-    ddp = DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        **settings.ddp.model_dump(),
-    )
     try:
+        wrapped = wrap(model, settings, device)
         optimizer = make_optimizer(model, settings)
-        handle = baselines.attach(ddp, optimizer, settings.scheme)
+        handle = baselines.attach(wrapped, optimizer, settings.scheme)
     except (ValueError, TypeError, RuntimeError) as error:
         raise SetupError(str(error)) from error
     trainer = Trainer(
         settings=settings,
-        model=ddp,
+        model=wrapped,
         optimizer=optimizer,
         handle=handle,
         loader=job.task.loader(world.rank, world.size),
@@ -184,15 +184,44 @@ def set_up(job: Job) -> Trainer:
     return trainer
 
 
+def role_of(job: Job) -> Callable[[], None] | None:
+    """What this rank has to do in a recipe whose ranks have roles; None if it has none."""
+    try:
+        scheme, has_coordinator = (
+            asynchronous.scheme_of(job.settings),
+            coordinated.concerns(job.settings),
+        )
+        if scheme is None and not has_coordinator:
+            return None
+        if job.settings.max_seconds is not None:
+            raise ValueError(
+                f"max_seconds={job.settings.max_seconds:g}: a scheme whose ranks have roles, such as "
+                f"{job.settings.scheme['name']!r}, ends by steps alone; leave it out and set steps"
+            )
+        return (
+            coordinated.set_up(job).run
+            if scheme is None
+            else asynchronous.set_up(job, scheme).train
+        )
+    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+        raise SetupError(str(error)) from error
+
+
+def wrap(model: torch.nn.Module, settings: TrainSettings, device: torch.device) -> torch.nn.Module:
+    """In DDP, unless the scheme trains with local updates: then replicas are on their own."""
+    if not baselines.is_baseline(settings.scheme):
+        if isinstance(make_scheme(settings.scheme), OuterScheme):
+            return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        **settings.ddp.model_dump(),
+    )
+
+
 def open_sinks(trainer: Trainer) -> None:
     """Records go to JSON lines, and to TensorBoard if the settings ask for it."""
-    run = trainer.run
-    trainer.sinks.append(JsonLinesSink(run.metrics))
-    trainer.validation_sinks.append(JsonLinesSink(run.validation))
-    if trainer.settings.tensorboard:
-        board = TensorBoardSink(run.path / "tensorboard")
-        trainer.sinks.append(board)
-        trainer.validation_sinks.append(board)
+    trainer.sinks, trainer.validation_sinks = sinks_of(trainer.run, trainer.settings.tensorboard)
 
 
 def describe(trainer: Trainer) -> str:
@@ -229,11 +258,7 @@ def facts(trainer: Trainer, validation: Mapping[str, float]) -> Mapping[str, Any
         "data": trainer.task.describe(),
         **validation,
         "wall_seconds": trainer.progress.seconds,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "commkit": commkit.__version__,
-        },
+        "versions": software(),
     }
 
 

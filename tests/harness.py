@@ -14,7 +14,7 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -52,9 +52,14 @@ def _body(
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, deadline_s: float = 50.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    deadline_s: float = 50.0,
+    dying: Collection[int] = (),
 ) -> list[Any]:
-    """``function(rank, world_size, *args)`` on ``world_size`` processes; results in rank order.
+    """``function(rank, world_size, *args)`` on ``world_size`` processes; results in rank order. Ranks in ``dying``
+    end without a result, which is then None.
 
     ``function`` must be importable (module level) and its results picklable.
     """
@@ -85,11 +90,13 @@ def run_ranks(
                 try:
                     rank, ok, value = pickle.loads(results.get(timeout=min(remaining, 1.0)))
                 except queue.Empty:
-                    dead = [
-                        p
-                        for i, p in enumerate(processes)
-                        if not p.is_alive() and i not in collected
+                    ended = [
+                        rank
+                        for rank, process in enumerate(processes)
+                        if not process.is_alive() and rank not in collected
                     ]
+                    collected |= {rank: (True, None) for rank in ended if rank in dying}
+                    dead = [processes[rank] for rank in ended if rank not in dying]
                     if dead and results.empty():
                         raise RuntimeError(f"a rank died without a word: {dead}") from None
                     continue

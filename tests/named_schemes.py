@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from commkit.optim import OptimizerScheme
+from commkit.outer import AsyncScheme, OuterScheme
 from commkit.registry import names
 from commkit.schemes import make_scheme
+from commkit.straggler import StragglerScheme
 
-NEED_PARTS = ("compose", "hierarchical")  # cannot be built by name alone
+# Cannot be built by name alone, or at all.
+NEED_PARTS = ("compose", "dadao", "hierarchical", "monna", "post_local_sgd")
 _built = {name: make_scheme(name) for name in names("scheme") if name not in NEED_PARTS}
 OPTIMIZERS = sorted(n for n, made in _built.items() if isinstance(made, OptimizerScheme))
-REDUCERS = sorted(set(_built) - set(OPTIMIZERS))
+OUTER = sorted(n for n, made in _built.items() if isinstance(made, OuterScheme))
+ASYNCHRONOUS = sorted(n for n, made in _built.items() if isinstance(made, AsyncScheme))
+COORDINATED = sorted(n for n, made in _built.items() if isinstance(made, StragglerScheme))
+REDUCERS = sorted(set(_built) - {*OPTIMIZERS, *OUTER, *ASYNCHRONOUS, *COORDINATED})

@@ -12,7 +12,21 @@ def test_every_scheme_is_listed_with_measured_bytes(capsys):
     assert cli.main(["schemes", "--json"]) == 0
     cards = {card["name"]: card for card in json.loads(capsys.readouterr().out)}
     assert sorted(cards) == names("scheme")
-    assert all(card["description"] and "DDP" in card["wrappers"] for card in cards.values())
+    assert all(card["description"] for card in cards.values())
+    for card in cards.values():
+        assert ("DDP" in card["wrappers"]) == (card["every"] == "step")
+    assert cards["async_local_sgd"]["every"] == "task"
+    assert 4_000_000 <= cards["async_local_sgd"]["payload_bytes"] < 4_000_100  # each way
+    assert cards["async_local_sgd"]["state_bytes"] == (12 + 4) / 2  # the server's, a worker's
+    assert cards["dadao"]["payload_bytes"] is None
+    assert cards["dadao"]["wrappers"] == ["Python alone"]
+    for name in ("post_local_sgd", "single_merge", "dfedsam_mgs"):
+        assert cards[name]["state_bytes"] == 0
+    # On two ranks: an all-reduce, one meeting, four messages to one neighbour.
+    for name, times in (("post_local_sgd", 1), ("single_merge", 1), ("dfedsam_mgs", 4)):
+        assert 0 <= cards[name]["wire_bytes"] - times * 4_000_000 < 1000
+    assert 4_000_000 <= cards["diloco"]["payload_bytes"] < 4_000_100
+    assert cards["diloco"]["state_bytes"] == 8
     assert cards["ddp"]["payload_bytes"] == 4_000_000
     assert cards["ddp"]["wire_bytes"] == 4_000_000  # 2 (W-1)/W at W = 2
     assert cards["noop"]["payload_bytes"] == cards["ddp"]["state_bytes"] == 0
@@ -26,7 +40,7 @@ def test_every_scheme_is_listed_with_measured_bytes(capsys):
 def test_schemes_are_a_table(capsys):
     assert cli.main(["schemes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(r"name +payload/M", lines[0])
+    assert re.match(r"name +per +payload/M", lines[0])
     assert {line.split()[0] for line in lines[1 : len(names("scheme")) + 1]} == set(names("scheme"))
 
 
@@ -36,7 +50,8 @@ def test_doctor_says_what_is_there(capsys):
     assert found["versions"]["torch"]
     assert found["backends"]["gloo"] is True
     assert set(found["kernels"].values()) <= {"pure-torch reference", "compiled"}
-    assert found["compiled kernels"]["library"].startswith(("loaded", "none: "))
+    for library in ("library", "CUDA library"):
+        assert found["compiled kernels"][library].startswith(("loaded", "none: "))
     assert "labs" in found["netlab"]
     assert cli.main(["doctor"]) == 0
     assert "pure-torch reference" in capsys.readouterr().out

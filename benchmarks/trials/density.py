@@ -19,7 +19,7 @@ def real_density(task: str, density: float) -> float:
 
 
 def _model(task: str) -> nn.Module:
-    recipe = TASKS[task].recipe
-    if task == "gpt":
-        return gpt.build(ModelSettings(**recipe["model"]), seed=0)
-    return digits.build(DigitsSettings(**recipe["digits"]), seed=0)
+    size = TASKS[task]
+    if size.kind == "gpt":
+        return gpt.build(ModelSettings(**size.recipe["model"]), seed=0)
+    return digits.build(DigitsSettings(**size.recipe["digits"]), seed=0)

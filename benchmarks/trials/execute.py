@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -47,8 +48,33 @@ def earlier(trial: Trial, work: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     result: dict[str, Any] = json.loads(file.read_text())
-    same = result["recipe"] == json.loads(json.dumps(trial.recipe()))
-    return result if same and result["status"] == FINISHED else None
+    same = digest(result["recipe"]) == digest(trial.recipe())
+    return _marked(trial, result) if same and result["status"] == FINISHED else None
+
+
+def recorded(trials: Sequence[Trial], file: Path) -> dict[str, dict[str, Any]]:
+    """Results, by name, of those of ``trials`` that have finished in a JSON file of an earlier table, with the
+    recipe that they have now."""
+    told = {result["trial"]: result for result in json.loads(file.read_text())["trials"]}
+    found = {trial.name: told.get(trial.name, {}) for trial in trials}
+    return {
+        trial.name: found[trial.name]
+        for trial in trials
+        if found[trial.name].get("recipe_digest") == digest(trial.recipe())
+        and found[trial.name]["status"] == FINISHED
+    }
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """Names a recipe."""
+    text = json.dumps(recipe, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _marked(trial: Trial, result: dict[str, Any]) -> dict[str, Any]:
+    """With what a table needs to know of where its trials come from."""
+    known = {"recipe_digest": digest(trial.recipe()), "commit": result["environment"]["commit"]}
+    return result | known
 
 
 def execute(trial: Trial, work: Path, deadline_s: float) -> dict[str, Any]:
@@ -70,7 +96,7 @@ def execute(trial: Trial, work: Path, deadline_s: float) -> dict[str, Any]:
         "environment": facts,
     }
     write_json(trial.file(work), result)
-    return result
+    return _marked(trial, result)
 
 
 def missing_scheme(scheme: Mapping[str, Any]) -> str | None:
@@ -83,7 +109,7 @@ def missing_scheme(scheme: Mapping[str, Any]) -> str | None:
 
 def _train(trial: Trial, folder: Path, work: Path, deadline_s: float) -> dict[str, Any]:
     recipe = trial.recipe()
-    if trial.task == "gpt":
+    if trial.size.kind == "gpt":
         recipe["data"] = {"path": str(text_file(work).resolve())}
     config = folder / "recipe.yaml"
     config.write_text(yaml.safe_dump(json.loads(json.dumps(recipe))))

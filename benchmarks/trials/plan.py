@@ -12,7 +12,8 @@ from trials.systems import DENSE, System
 from trials.tasks import TASKS, Size
 
 SEEDS = 3
-TUNING = {"ranks": 2, "seed": 0}
+TUNING_RANKS, TUNING_SEEDS = 2, (100, 101, 102)  # none of the table's
+TUNING_OUTER = {"ranks": 4, "seed": 100}  # likewise
 QUICK_STEPS = 6
 
 
@@ -23,6 +24,7 @@ class Trial:
     Args:
         lr: instead of the tuned one, while tuning.
         steps: instead of the task's.
+        outer: fields of the scheme, while tuning those.
     """
 
     task: str
@@ -31,12 +33,15 @@ class Trial:
     seed: int
     lr: float | None = None
     steps: int | None = None
+    outer: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
-        """``task/system/ranks/seed``, and the learning rate if it is being tuned."""
+        """``task/system/ranks/seed``, and what is being tuned, if anything."""
         name = f"{self.task}/{self.system.name}/{self.ranks}/{self.seed}"
-        return name if self.lr is None else f"{name}/lr{self.lr:g}"
+        parts = [f"lr{self.lr:g}"] if self.lr is not None else []
+        parts += [f"{key}{value}" for key, value in self.outer]
+        return "/".join([name, "-".join(parts)]) if parts else name
 
     def file(self, work: Path) -> Path:
         """Its result in the directory of results."""
@@ -51,16 +56,17 @@ class Trial:
         size, inner = self.size, self.system.inner_of(self.task)
         steps = self.steps or size.steps
         lr = self.lr or self.system.lr.get(self.task) or size.lr[inner]
+        warmup = max(1, round(steps * size.warmup[inner]))
         recipe = {
-            "task": self.task,
+            "task": size.kind,
             "seed": self.seed,
             "steps": steps,
             "device": "cpu",
             "checkpoint": {"every": 0},
             "batch": {"per_rank": size.batch // self.ranks},
             "optim": {"name": inner, "lr": lr, **size.optim[inner]},
-            "schedule": {"warmup": max(1, steps // 10), "length": steps, "min_lr": lr / 20},
-            "scheme": dict(self.system.scheme),
+            "schedule": {"warmup": warmup, "length": steps, "min_lr": lr / 20},
+            "scheme": {**self.system.scheme, **dict(self.outer)},
         }
         return merged(merged(recipe, size.recipe), self.system.overrides.get(self.task, {}))
 
@@ -89,7 +95,7 @@ def table_trials(
         for task in TASKS
         for ranks in sorted({ranks for system in systems for ranks in system.ranks})
         for system in systems
-        if ranks in system.ranks
+        if ranks in system.ranks and task in system.tasks
     ]
     return chosen(trials, only)
 
@@ -97,18 +103,38 @@ def table_trials(
 def tuning_trials(
     systems: Sequence[System], only: Sequence[str], quick: bool = False
 ) -> list[Trial]:
-    """Every learning rate of the sweeps; of the dense rows if ``only`` says nothing else.
+    """Every learning rate of the sweeps with every tuning seed; of the dense rows if ``only`` says nothing else.
 
     Raises:
         ValueError: ``only`` fits nothing.
     """
     trials = [
-        Trial(task, system, lr=lr, steps=QUICK_STEPS if quick else None, **TUNING)
+        Trial(task, system, TUNING_RANKS, seed, lr=lr, steps=QUICK_STEPS if quick else None)
         for task in TASKS
         for system in systems
+        if task in system.tasks
         for lr in system.sweep.get(task) or TASKS[task].sweep[system.inner_of(task)]
+        for seed in TUNING_SEEDS
     ]
     return chosen(trials, only or (f"*/{DENSE}*",))
+
+
+def outer_tuning_trials(
+    systems: Sequence[System], only: Sequence[str], quick: bool = False
+) -> list[Trial]:
+    """Every outer setting of the systems that have several to choose from.
+
+    Raises:
+        ValueError: ``only`` fits nothing.
+    """
+    steps = QUICK_STEPS if quick else None
+    trials = [
+        Trial(task, system, steps=steps, outer=tuple(outer.items()), **TUNING_OUTER)
+        for system in systems
+        for task in system.tasks
+        for outer in system.outer_sweep
+    ]
+    return chosen(trials, only)
 
 
 def chosen(trials: Sequence[Trial], only: Sequence[str]) -> list[Trial]:

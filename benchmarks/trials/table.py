@@ -10,7 +10,7 @@ from typing import Any
 
 from trials.density import real_density
 from trials.execute import FAILED, FINISHED, MISSING
-from trials.plan import Trial
+from trials.plan import SEEDS, Trial
 from trials.systems import DENSE, System
 from trials.tasks import TASKS
 
@@ -130,6 +130,8 @@ def note(system: System, mine: Sequence[Done]) -> str:
     if "density" in system.scheme and finished:
         share = real_density(mine[0].trial.task, system.scheme["density"])
         parts.append(f"sends {100 * share:.2g} % of compressed elements")
+    if len(mine) < SEEDS:
+        parts.append(f"{len(mine)} of {SEEDS} seeds")
     failed = [d for d in mine if d.result["status"] == FAILED]
     if failed and finished:
         parts.append(f"{len(failed)} of {len(mine)} seeds failed")

@@ -5,24 +5,27 @@ Nothing of the communication is hidden behind backward.
 """
 
 import dataclasses
-import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..comm import DistComm, new_group_like
+from ..comm import DistComm, new_group_like, require_group
 from ..metrics import StepStats
 from ..reducer import Reducer
+from ..runtime.agreement import (
+    mark_attached,
+    trainable_parameters,
+    wrapped_in_ddp,
+)
+from ..runtime.meter import StepMeter
 from ..types import StateDict
-from .agreement import agree_to_attach, mark_attached, require_group, trainable_parameters
+from .agreement import agree_to_attach
 from .loss_scale import write_back
-from .meter import StepMeter
 
 
 class StepHandle:
@@ -95,24 +98,15 @@ def attach_at_step(
 
     def parameters() -> dict[str, nn.Parameter]:
         found = trainable_parameters(model)
-        _refuse_wrapped(found)
+        # It would average gradients before they are reduced here: everything would be sent twice, once in full.
+        if wrapped_in_ddp(found.values()) is not None:
+            raise RuntimeError(
+                "a DistributedDataParallel around this model all-reduces its gradients already; attach "
+                "to the DDP module, commkit.attach(ddp_model, ...), or do not wrap the model"
+            )
         return found
 
     reducer, found = agree_to_attach(model, DistComm(group), make, parameters)
     handle = StepHandle(reducer, found, optimizer, group, timeout_s)
     mark_attached(model)
     return handle
-
-
-def _refuse_wrapped(parameters: Mapping[str, nn.Parameter]) -> None:
-    """A DDP around the model would average gradients before they are reduced here: everything would be
-    sent twice, once in full."""
-    ours = {id(p) for p in parameters.values()}
-    for thing in gc.get_objects():
-        if isinstance(thing, DistributedDataParallel) and any(
-            id(p) in ours for p in thing.parameters()
-        ):
-            raise RuntimeError(
-                "a DistributedDataParallel around this model all-reduces its gradients already; attach "
-                "to the DDP module, commkit.attach(ddp_model, ...), or do not wrap the model"
-            )

@@ -7,10 +7,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..comm import DistComm, require_group
 from ..feedback import MomentumCorrection
 from ..optim import CommOptimizer
+from ..outer import OuterScheme, OuterSync
 from ..reducer import Reducer
-from ..schemes import Scheme, make_reducer
+from ..runtime.agreement import agree
+from ..schemes import Scheme, make_reducer, make_scheme
 from .at_step import StepHandle, attach_at_step
 from .ddp import Handle, attach_ddp
 from .loss_scale import GradScaler
@@ -25,15 +28,16 @@ def attach(
     grad_scaler: GradScaler | None = None,
     timeout_s: float = 1800.0,
     **knobs: Any,
-) -> "Handle | StepHandle":
-    """Reduce a model's gradients with ``scheme`` from now on.
+) -> "Handle | StepHandle | OuterSync":
+    """Reduce a model's gradients with ``scheme`` from now on, or synchronise its weights if ``scheme`` trains
+    with local updates.
 
     Collective over the process group. Call it once, before the first backward pass (or between two), with
     the same arguments on every rank.
 
     Args:
         model: a DistributedDataParallel module: reductions overlap with backward. Or a plain module:
-            reductions happen when ``optimizer`` steps.
+            reductions happen when ``optimizer`` steps. Schemes with local updates take plain modules.
         scheme: a scheme's name, a mapping ``{name: ..., ...}``, a path to a YAML file, a Reducer, or one of
             ``commkit.optim`` (also inside a ZeroRedundancyOptimizer where the class supports it).
         optimizer: the one that applies the gradients. Needed for a plain module; otherwise given to be
@@ -53,6 +57,9 @@ def attach(
             what the scheme does too.
 
     If any rank is refused, every rank raises.
+
+    Returns:
+        A handle; for schemes with local updates the method itself, started: ``close()`` ends it.
     """
     owner = _communicating(scheme)
     if isinstance(scheme, Optimizer):
@@ -67,8 +74,12 @@ def attach(
             )
         optimizer, scheme = scheme, owner.reducer
 
+    made = _made(scheme, knobs)
+    if isinstance(made, OuterScheme):
+        return _start(made, model, optimizer, process_group)
+
     def make() -> Reducer:
-        reducer = make_reducer(scheme, knobs)
+        reducer = make_reducer(scheme, knobs) if made is None else made
         if optimizer is not None:
             _refuse_double_momentum(reducer, optimizer)
         return reducer
@@ -97,6 +108,39 @@ def _communicating(scheme: object) -> CommOptimizer | None:
     """The optimizer of ours that ``scheme`` is, or that a ZeroRedundancyOptimizer has inside."""
     inner = getattr(scheme, "optim", scheme)
     return inner if isinstance(inner, CommOptimizer) else None
+
+
+def _made(scheme: object, knobs: dict[str, Any]) -> OuterScheme | Reducer | None:
+    """What a name, a mapping or a path stands for. None: it is made already, is an optimizer, or is wrong, which
+    is for :func:`make_reducer` to say where every rank hears of it."""
+    if isinstance(scheme, OuterScheme):
+        return scheme
+    if isinstance(scheme, Reducer | Optimizer):
+        return None
+    try:
+        made = make_scheme(scheme, knobs)  # type: ignore[arg-type]
+    except Exception:
+        return None
+    return made if isinstance(made, OuterScheme | Reducer) else None
+
+
+def _start(
+    scheme: OuterScheme,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    process_group: dist.ProcessGroup | None,
+) -> OuterSync:
+    """The method at work; a model that it cannot take is refused on every rank."""
+    if optimizer is None:
+        raise TypeError(
+            f"{scheme.method.__name__} follows the inner optimizer's steps; write attach(model, scheme, optimizer)"
+        )
+    try:
+        method = scheme(model, optimizer, process_group)
+    except Exception as error:
+        agree(DistComm(require_group(process_group)), {}, error)
+        raise
+    return method.start()
 
 
 def _refuse_double_momentum(reducer: Reducer, optimizer: Optimizer) -> None:

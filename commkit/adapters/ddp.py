@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..comm import DistComm, new_group_like
+from ..comm import DistComm, new_group_like, require_group
 from ..metrics import StepStats
 from ..reducer import Reducer
+from ..runtime.agreement import mark_attached, trainable_parameters
+from ..runtime.alarm import Alarm
+from ..runtime.meter import StepMeter
+from ..runtime.worker import ReductionWorker
 from ..schemes import Scheme, make_reducer
 from ..types import StateDict
-from .agreement import agree_to_attach, mark_attached, require_group, trainable_parameters
-from .alarm import Alarm
+from .agreement import agree_to_attach
 from .loss_scale import GradScaler, scale_of, unscaled, write_back
-from .meter import StepMeter
-from .worker import ReductionWorker
 
 _attachments = 0
 

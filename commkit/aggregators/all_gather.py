@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..registry import register
-from ..types import Aggregated, Comm, Compressor, TensorCtx
+from ..types import Aggregated, Comm, Compressor, Payload, TensorCtx
 from .health import health, require_finite
 from .message import decode, encode, flag_of
 from .outcome import Decoded, Part
@@ -41,10 +41,17 @@ class AllGather(Stateless):
             )
 
     def aggregate(
-        self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
+        self,
+        xs: Sequence[Tensor],
+        ctxs: Sequence[TensorCtx],
+        comm: Comm,
+        made: Sequence[Payload | None] = (),
     ) -> list[Aggregated]:
+        """As :meth:`Aggregator.aggregate`. ``made``: where there is a payload already, ``x`` is not compressed;
+        it still has to show what is not finite, if the compressor does not."""
         payloads = [
-            self.compressor.compress(x, c, comm.rank) for x, c in zip(xs, ctxs, strict=True)
+            payload or self.compressor.compress(x, c, comm.rank)
+            for x, c, payload in zip(xs, ctxs, made or [None] * len(xs), strict=True)
         ]
         inputs = [] if self.compressor.shows_nonfinite else xs
         flag = health([*inputs, *(t for payload in payloads for t in payload)], ctxs[0].device)

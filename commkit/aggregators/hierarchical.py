@@ -29,7 +29,7 @@ from ..types import (
 from .health import require_finite
 from .message import decode, encode, flag_of, size_of
 from .nodes import Nodes, Placement, check_nodes, placement
-from .residuals import update_feedback
+from .residuals import Outgoing, aggregate, compensate, update_feedback
 
 _AGGREGATOR = "aggregator"
 
@@ -123,22 +123,25 @@ class Hierarchical:
         """
         # No rank of the node had a gradient: nobody may use the result either, so the residual waits.
         idle = [not bool(mean.any()) for mean in means]
-        deltas = [
-            mean if waits else self.feedback.compensate(mean, ctx.key)
+        alone = place.inter.world_size == 1 and place.intra.world_size > 1
+        to = None if alone else self.aggregator
+        outgoing = [
+            Outgoing(mean) if waits else compensate(self.feedback, to, mean, ctx)
             for mean, ctx, waits in zip(means, ctxs, idle, strict=True)
         ]
-        if place.inter.world_size == 1 and place.intra.world_size > 1:
+        if alone:
+            deltas = [each.delta for each in outgoing]
             require_finite(deltas)
             outcomes = [Aggregated(delta, delta, 1) for delta in deltas]
         else:
-            outcomes = self.aggregator.aggregate(deltas, ctxs, place.inter)
+            outcomes = aggregate(self.aggregator, outgoing, ctxs, place.inter)
         results = [
             self.feedback.deliver(outcome.mean, ctx.key)
             for outcome, ctx in zip(outcomes, ctxs, strict=True)
         ]
-        for delta, outcome, ctx, waits in zip(deltas, outcomes, ctxs, idle, strict=True):
+        for sent, outcome, ctx, waits in zip(outgoing, outcomes, ctxs, idle, strict=True):
             if not waits:
-                update_feedback(self.feedback, delta, outcome, ctx.key)
+                update_feedback(self.feedback, sent, outcome, ctx.key)
         return results, min(outcome.num_contributors for outcome in outcomes)
 
     def _take_loaded(self, place: Placement) -> None:

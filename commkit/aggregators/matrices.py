@@ -87,3 +87,21 @@ def views(buffer: Tensor, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor
 def tail(buffer: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """The end of ``buffer`` that ``parts`` are views of."""
     return buffer[buffer.numel() - sum(part.numel() for part in parts) :]
+
+
+def refuse_rank(rank: int, ctxs: Sequence[TensorCtx], example: int | None = None) -> None:
+    """
+    Args:
+        example: a rank to advise; a quarter of the largest usable one if not given.
+
+    Raises:
+        ValueError: ``rank`` is one that no matrix among ``ctxs`` has.
+    """
+    sides = [min(c.shape[0], c.numel // c.shape[0]) for c in ctxs if len(c.shape) > 1 and c.numel]
+    largest = max(sides, default=rank)
+    if rank > largest:
+        raise ValueError(
+            f"rank={rank} is above the number of rows or columns of every matrix in the model; the largest usable "
+            f"rank is {largest}, and one that compresses is far lower: use for example "
+            f"rank={example or max(1, largest // 4)}"
+        )

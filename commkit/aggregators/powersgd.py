@@ -12,7 +12,7 @@ from torch import Tensor
 from ..registry import register
 from ..types import SHARED, Aggregated, Comm, StateDict, TensorCtx, section
 from .iterations import alternating, two_sided
-from .matrices import Batch, Factors
+from .matrices import Batch, Factors, refuse_rank
 from .rank_schedule import Rank, checked, highest, rank_at
 from .warm_start import WarmStarts
 
@@ -88,15 +88,7 @@ class PowerSGD:
         Raises:
             ValueError: on every rank.
         """
-        sides = [
-            min(c.shape[0], c.numel // c.shape[0]) for c in ctxs if len(c.shape) > 1 and c.numel
-        ]
-        if sides and highest(self.rank) > max(sides):
-            raise ValueError(
-                f"rank={highest(self.rank)} is above the number of rows or columns of every matrix in the "
-                f"model; the largest usable rank is {max(sides)}, and one that compresses is far lower: "
-                "use for example rank=4"
-            )
+        refuse_rank(highest(self.rank), ctxs, example=4)
 
     def aggregate(
         self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm

@@ -1,17 +1,58 @@
-"""What a feedback does with the outcome of an aggregation; the one place where both meet."""
+"""What a feedback does before an aggregation and with its outcome; the one place where both meet."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..feedback import ErrorFeedback, MomentumCorrection, NoFeedback
-from ..types import Aggregated, Compressor, Feedback, Payload, TensorCtx
+from ..types import Aggregated, Aggregator, Comm, Compressor, Feedback, Payload, TensorCtx
+from .all_gather import AllGather
 
 
-def update_feedback(feedback: Feedback, delta: Tensor, outcome: Aggregated, key: str) -> None:
-    """Stage what ``outcome`` left unsent of ``delta``, which may be overwritten: without forming what was
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One tensor on its way to an aggregator.
+
+    Args:
+        delta: with what was left unsent before; of a fused path the gradient as it was.
+        payload: made by a fused path, which has staged what that leaves unsent.
+    """
+
+    delta: Tensor
+    payload: Payload | None = None
+
+
+def compensate(
+    feedback: Feedback, aggregator: Aggregator | None, x: Tensor, ctx: TensorCtx
+) -> Outgoing:
+    """``feedback.compensate``, or more where feedback, compressor and aggregator have a fused path.
+    No aggregator: ``x`` goes nowhere but to the feedback."""
+    if isinstance(feedback, MomentumCorrection) and isinstance(aggregator, AllGather):
+        payload = feedback.send(x, ctx.key, aggregator.compressor, ctx)
+        if payload is not None:
+            return Outgoing(x, payload)
+    return Outgoing(feedback.compensate(x, ctx.key))
+
+
+def aggregate(
+    aggregator: Aggregator, outgoing: Sequence[Outgoing], ctxs: Sequence[TensorCtx], comm: Comm
+) -> list[Aggregated]:
+    """``aggregator.aggregate`` of what :func:`compensate` gave."""
+    deltas, made = [each.delta for each in outgoing], [each.payload for each in outgoing]
+    if any(made):
+        assert isinstance(aggregator, AllGather)
+        return aggregator.aggregate(deltas, ctxs, comm, made)
+    return aggregator.aggregate(deltas, ctxs, comm)
+
+
+def update_feedback(feedback: Feedback, outgoing: Outgoing, outcome: Aggregated, key: str) -> None:
+    """Stage what ``outcome`` left unsent of ``outgoing``, which may be overwritten: without forming what was
     sent, where feedback and aggregator can."""
-    if isinstance(feedback, NoFeedback):
+    delta = outgoing.delta
+    if isinstance(feedback, NoFeedback) or outgoing.payload is not None:
         return
     if isinstance(feedback, ErrorFeedback) and outcome.take_sent_from(delta):
         feedback.stage(key, delta)

@@ -5,6 +5,7 @@ from .block_quantize import BlockQuantize
 from .cast import Cast
 from .dct_topk import DCTTopK
 from .dynamic_tree import DynamicTree
+from .e3m0 import E3M0
 from .natural import Natural
 from .none import NoCompression
 from .qsgd import QSGD
@@ -21,6 +22,7 @@ __all__ = [
     "Cast",
     "DCTTopK",
     "DynamicTree",
+    "E3M0",
     "Natural",
     "NoCompression",
     "QSGD",

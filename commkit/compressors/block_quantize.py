@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .. import ops
 from ..registry import register
-from ..types import Compressor, Payload, TensorCtx
+from ..types import Payload, TensorCtx
+from .scaled_codes import ScaledCodes, add_up_blocks
 
 
 @register("compressor", "block_quantize")
 @dataclass(frozen=True, slots=True)
-class BlockQuantize(Compressor):
+class BlockQuantize(ScaledCodes):
     """Symmetric linear quantisation, one float32 scale per block (Dettmers 2016; Alistarh et al. 2017).
 
     Args:
@@ -50,21 +51,15 @@ class BlockQuantize(Compressor):
         seed = ctx.shared_seed(salt) if stochastic else 0
         return ops.quantize_blocks(x.reshape(-1), self.bits, self.block_size, stochastic, seed)
 
-    def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
-        return self.combine([payload], ctx)
-
-    def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
-        out = ops.empty((ctx.numel,), ctx.work_dtype, ctx.device)
-        self.combine_into(out, payloads, ctx)
-        return out.view(ctx.shape)
-
-    def combine_into(self, out: Tensor, payloads: Sequence[Payload], ctx: TensorCtx) -> None:
-        codes, scales = [codes for codes, _ in payloads], [scales for _, scales in payloads]
-        ops.write_blocks_(out, codes, scales, self.bits, self.block_size, len(payloads))
-
-    def subtract_(self, x: Tensor, payload: Payload, ctx: TensorCtx) -> None:
-        codes, scales = payload
-        ops.accumulate_blocks_(x, [codes], [-scales], self.bits, self.block_size, 1)
+    def add_up(
+        self,
+        out: Tensor,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        divisor: int,
+        accumulate: bool,
+    ) -> None:
+        add_up_blocks(out, codes, scales, self.bits, self.block_size, divisor, accumulate)
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         n = ctx.numel

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class DCTTopK(Compressor):
         ValueError: top_k < 1, chunk outside [2, 181] (places are 16 bits), or unknown values.
     """
 
+    shows_nonfinite: ClassVar[bool] = (
+        True  # in the first coefficient, which is among the largest then
+    )
+
     top_k: int = 32
     chunk: int = 64
     values: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -70,7 +74,7 @@ class DCTTopK(Compressor):
         if not self.shrinks(ctx):
             return (x.to(ctx.dtype, copy=True),)
         coefficients = self._transform(x.to(ctx.work_dtype))
-        places = torch.topk(coefficients.abs(), self._k(ctx), dim=1, sorted=False).indices
+        places = ops.largest_of_rows(coefficients, self._k(ctx))
         sent = coefficients.gather(1, places)
         return places.to(_INDEX), sent.to(_VALUES[self.values])
 
@@ -78,21 +82,29 @@ class DCTTopK(Compressor):
         return self.combine([payload], ctx)
 
     def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
-        if not self.shrinks(ctx):
-            return _mean([payload[0].to(ctx.work_dtype) for payload in payloads])
-        rows, _, columns, _ = tile = _tiling(ctx.shape, self.chunk)
-        tiles, size = rows * columns, ctx.numel // (rows * columns)
-        first = torch.arange(tiles, device=ctx.device).unsqueeze(1) * size
-        sent = [((first + p).view(-1), v.to(ctx.work_dtype).view(-1)) for p, v in payloads]
-        senders = torch.zeros(ctx.numel, dtype=ctx.work_dtype, device=ctx.device)
-        for places, values in sent:
-            ops.scatter_accumulate_(senders, places, (values != 0).to(ctx.work_dtype))
-        mean = torch.zeros_like(senders)
-        for places, values in sent:
-            # divided first: the sum may not exist where the mean does
-            share = values / senders.index_select(0, places).clamp_(min=1)
-            ops.scatter_accumulate_(mean, places, share)
-        return _inverse(mean.view(tiles, size), tile).view(ctx.shape)
+        out = ops.empty((ctx.numel,), ctx.work_dtype, ctx.device)
+        self.combine_into(out, payloads, ctx)
+        return out.view(ctx.shape)
+
+    def combine_into(self, out: Tensor, payloads: Sequence[Payload], ctx: TensorCtx) -> None:
+        if self.shrinks(ctx):
+            self._combine(out, payloads, ctx, subtract=False)
+        else:
+            out.copy_(_mean([payload[0].view(-1).to(ctx.work_dtype) for payload in payloads]))
+
+    def subtract_(self, x: Tensor, payload: Payload, ctx: TensorCtx) -> None:
+        if self.shrinks(ctx):
+            self._combine(x, [payload], ctx, subtract=True)
+        else:
+            x.sub_(payload[0].view(-1).to(ctx.work_dtype))
+
+    def _combine(
+        self, out: Tensor, payloads: Sequence[Payload], ctx: TensorCtx, subtract: bool
+    ) -> None:
+        _, height, columns, width = _tiling(ctx.shape, self.chunk)
+        places, values = [p for p, _ in payloads], [v.to(ctx.work_dtype) for _, v in payloads]
+        tall, wide = (dct_basis(side, ctx.work_dtype, ctx.device) for side in (height, width))
+        ops.combine_tiles_(out, places, values, tall, wide, columns, subtract)
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         dense = ctx.numel * ctx.dtype.itemsize
@@ -113,14 +125,6 @@ class DCTTopK(Compressor):
         x = dct_basis(height, x.dtype, x.device) @ x
         x = x.view(-1, width) @ dct_basis(width, x.dtype, x.device).T
         return x.view(rows, height, columns, width).transpose(1, 2).reshape(-1, height * width)
-
-
-def _inverse(coefficients: Tensor, tiling: tuple[int, int, int, int]) -> Tensor:
-    """The matrix that has these coefficients."""
-    rows, height, columns, width = tiling
-    x = coefficients.view(rows, columns, height, width).transpose(1, 2).reshape(-1, width)
-    x = x @ dct_basis(width, x.dtype, x.device)
-    return dct_basis(height, x.dtype, x.device).T @ x.view(rows, height, columns * width)
 
 
 @functools.lru_cache(maxsize=64)

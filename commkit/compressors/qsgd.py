@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from ..registry import register
-from ..types import Compressor, Payload, TensorCtx
+from ..types import Payload, TensorCtx
+from .scaled_codes import ScaledCodes, add_up_blocks
 
 
 @register("compressor", "qsgd")
 @dataclass(frozen=True, slots=True)
-class QSGD(Compressor):
+class QSGD(ScaledCodes):
     """``norm * sgn(x) * l / s`` where l is ``s |x| / norm`` rounded up or down at random, bucket by bucket
     (Alistarh et al. 2017, section 3.1). Unbiased: no feedback is needed.
 
@@ -80,14 +81,15 @@ class QSGD(Compressor):
         )
         return ops.pack_codes(codes, self.bits), scales
 
-    def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
-        codes, scales = payload
-        if self.bits == 2:
-            x = ops.unpack_ternary(codes, ctx.numel, torch.float32)
-            x *= scales.repeat_interleave(self.bucket_size)[: ctx.numel]
-        else:
-            x = ops.dequantize_blocks(codes, scales, ctx.numel, self.bits, self.bucket_size)
-        return x.to(ctx.work_dtype).view(ctx.shape)
+    def add_up(
+        self,
+        out: Tensor,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        divisor: int,
+        accumulate: bool,
+    ) -> None:
+        add_up_blocks(out, codes, scales, self.bits, self.bucket_size, divisor, accumulate)
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         return -(-ctx.numel * self.bits // 8) + 4 * -(-ctx.numel // self.bucket_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from .. import ops
 from ..registry import register
-from ..types import Compressor, Payload, TensorCtx
+from ..types import Payload, TensorCtx
+from .scaled_codes import ScaledCodes, add_up_blocks
 
 
 @register("compressor", "ternary")
 @dataclass(frozen=True, slots=True)
-class Ternary(Compressor):
+class Ternary(ScaledCodes):
     """``s * sgn(x) * Bernoulli(|x|/s)`` with ``s = max|x|`` after clipping (Wen et al. 2017, eq. 1 and 10).
 
     Unbiased up to the clipping, so no feedback is needed, and none may be used: the code is not a
@@ -44,10 +46,16 @@ class Ternary(Compressor):
         codes = ops.ternarize(flat, size, ctx.shared_seed(salt))
         return ops.pack_ternary(codes), size.view(1)
 
-    def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
-        packed, size = payload
-        codes = ops.unpack_ternary(packed, ctx.numel, ctx.work_dtype)
-        return codes.mul_(size).view(ctx.shape)
+    def add_up(
+        self,
+        out: Tensor,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        divisor: int,
+        accumulate: bool,
+    ) -> None:
+        if out.numel():  # as one block
+            add_up_blocks(out, codes, scales, 2, out.numel(), divisor, accumulate)
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         return -(-ctx.numel // 4) + 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from ..registry import register
 from ..types import Compressor, Payload, TensorCtx
 
 _VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What is at most half of the smallest magnitude of a dtype is sent as 0.
+_NEGLIGIBLE = {
+    name: torch.finfo(dtype).tiny * torch.finfo(dtype).eps / 2 for name, dtype in _VALUES.items()
+}
 _EXACT_UP_TO = 1 << 15
-_LOWER, _TRIES = 0.8, 10
 _STAGES = 4  # of the warm-up: 25 %, 6.25 %, 1.56 %, 0.39 %
 
 
@@ -28,7 +31,7 @@ class TopK(Compressor):
 
     Args:
         density: share of elements sent, in (0, 1]; 0.001 sends 8 bytes per thousand elements.
-        threshold: "exact" sorts all; "sampled" estimates the k-th magnitude from 1 % of the tensor, selects
+        threshold: "exact" sorts all; "sampled" estimates the k-th magnitude from 0.1 % of the tensor, selects
             everything above it and sorts only that (fewer than k selected: the threshold is lowered by 0.8
             and tried again), which finds the same elements; "auto" sorts up to 2^15 elements and samples
             above. Cut by magnitude and never by position.
@@ -40,6 +43,8 @@ class TopK(Compressor):
     Raises:
         ValueError: density outside (0, 1], an unknown threshold or values, or negative warmup_steps.
     """
+
+    shows_nonfinite: ClassVar[bool] = True  # they are the largest of all
 
     density: float = 0.001
     threshold: Literal["auto", "exact", "sampled"] = "auto"
@@ -71,11 +76,45 @@ class TopK(Compressor):
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
         flat = x.reshape(-1)
         k = self.k(flat.numel(), ctx.step)
-        exact_up_to = {"exact": 2**63, "auto": _EXACT_UP_TO, "sampled": 0}[self.threshold]
-        exact = flat.numel() <= exact_up_to
-        indices = _largest(flat, k) if exact else _largest_sampled(flat, k, ctx.shared_seed())
+        if self._samples(ctx.numel):
+            indices = _largest_sampled(flat, k, ctx.shared_seed())
+        else:
+            indices = ops.largest_of_rows(flat.view(1, -1), k)[0]
+        return self._payload(indices, flat.index_select(0, indices), ctx)
+
+    def corrects(self, ctx: TensorCtx) -> bool:
+        return self._samples(ctx.numel)
+
+    def correct_and_compress(
+        self,
+        g: Tensor,
+        before: tuple[Tensor | None, Tensor | None],
+        after: tuple[Tensor, Tensor],
+        momentum: float,
+        nesterov: bool,
+        masking: bool,
+        ctx: TensorCtx,
+    ) -> Payload:
+        velocity, unsent = (None if x is None else x.reshape(-1) for x in before)
+        u, v = (x.view(-1) for x in after)
+        k, negligible = self.k(ctx.numel, ctx.step), _NEGLIGIBLE[self.values]
+        indices, values = ops.dgc_step_(
+            *(u, v, g.reshape(-1), velocity, unsent, momentum, nesterov, masking),
+            *(negligible, k, ctx.shared_seed()),
+        )
+        payload = self._payload(indices, values, ctx)
+        if payload[1].dtype != values.dtype:  # what rounding keeps back
+            ops.scatter_accumulate_(v, indices, values - payload[1].to(values.dtype))
+        return payload
+
+    def _samples(self, numel: int) -> bool:
+        return (
+            numel > (_EXACT_UP_TO if self.threshold == "auto" else 0) and self.threshold != "exact"
+        )
+
+    def _payload(self, indices: Tensor, values: Tensor, ctx: TensorCtx) -> Payload:
         index_dtype = torch.int32 if ctx.numel < 2**31 else torch.int64
-        return indices.to(index_dtype), flat.index_select(0, indices).to(_VALUES[self.values])
+        return indices.to(index_dtype), values.to(_VALUES[self.values])
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         return self.combine([payload], ctx)
@@ -103,19 +142,10 @@ class TopK(Compressor):
         return self.k(ctx.numel, ctx.step) * (index_bytes + _VALUES[self.values].itemsize)
 
 
-def _largest(flat: Tensor, k: int) -> Tensor:
-    return torch.topk(flat.abs(), k, sorted=False).indices
-
-
 def _largest_sampled(flat: Tensor, k: int, seed: int) -> Tensor:
     # The sample holds at least 64 of the k: two standard deviations more, and the first try nearly always
     # finds enough.
-    margin = 2 / math.sqrt(max(64, k // 100))
+    margin = 2 / math.sqrt(max(64, k // 1000))
     threshold = ops.sample_threshold(flat, min(flat.numel(), math.ceil(k * (1 + margin))), seed)
-    for _ in range(_TRIES):
-        selected = ops.select_at_least(flat, threshold)
-        if selected.numel() >= k:
-            best = _largest(flat.index_select(0, selected), k)
-            return selected.index_select(0, best)
-        threshold = threshold * _LOWER
-    return _largest(flat, k)
+    found = ops.select_at_least(flat, threshold)
+    return ops.largest_from(flat, k, threshold, found, ops.select_at_least, ops.largest_of_rows)

@@ -33,6 +33,8 @@ class SignVote(Compressor):
 
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
         flat = x.reshape(-1)
+        if flat.device.type == "cpu" and bool(flat.all()):  # nothing to toss for
+            return (ops.pack_signs(flat),)
         coins = ops.uniform_noise(flat.numel(), ctx.shared_seed(salt), flat.device).sub_(0.5)
         return (ops.pack_signs(torch.where(flat == 0, coins.to(flat.dtype), flat)),)
 
@@ -43,8 +45,15 @@ class SignVote(Compressor):
         return -(-ctx.numel // 8)
 
     def combine(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
+        out = ops.empty((ctx.numel,), ctx.work_dtype, ctx.device)
+        self.combine_into(out, payloads, ctx)
+        return out.view(ctx.shape)
+
+    def combine_into(self, out: Tensor, payloads: Sequence[Payload], ctx: TensorCtx) -> None:
         """The mean of the signs. Added up before the division: whole numbers, whose ties are exactly zero."""
-        total = self.decompress(payloads[0], ctx)
-        for payload in payloads[1:]:
-            total.add_(self.decompress(payload, ctx))
-        return total.div_(len(payloads))
+        ones = torch.ones(len(payloads), dtype=out.dtype, device=out.device)
+        ops.write_signs_(out, [bits for (bits,) in payloads], ones)
+        out.div_(len(payloads))
+
+    def subtract_(self, x: Tensor, payload: Payload, ctx: TensorCtx) -> None:
+        ops.accumulate_signs_(x, list(payload), -torch.ones(1, dtype=x.dtype, device=x.device))

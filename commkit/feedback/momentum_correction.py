@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from ..ops import two_norm
+from ..ops import correct_momentum_, two_norm
 from ..registry import register
-from ..types import StateDict
+from ..types import Compressor, CorrectsMomentum, Payload, StateDict, TensorCtx
 from .staged import StagedTensors, joined, parted
 
 _VELOCITY = "velocity"
@@ -25,7 +24,8 @@ class MomentumCorrection:
     2018, equations 4 and 5, algorithm 4).
 
     It takes the place of the optimizer's momentum, which must be 0. State: the velocity u and the unsent v,
-    8 bytes per compressed element, and as much again between a reduction and the end of its step.
+    8 bytes per compressed element, and as much again between a reduction and the end of its step; on a CPU
+    for good, since fresh memory in every step would cost more than the arithmetic.
 
     Args:
         momentum: mu, the optimizer's momentum of a dense run.
@@ -40,8 +40,12 @@ class MomentumCorrection:
     momentum: float = 0.9
     nesterov: bool = False
     masking: bool = True
-    _unsent: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
-    _velocity: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
+    _unsent: StagedTensors = field(
+        default_factory=lambda: StagedTensors(recycle=True), init=False, repr=False
+    )
+    _velocity: StagedTensors = field(
+        default_factory=lambda: StagedTensors(recycle=True), init=False, repr=False
+    )
     # Where a velocity comes from that dense steps have built up; the optimizer's business.
     initial_velocity: Callable[[str], Tensor | None] = field(
         default=lambda key: None, init=False, repr=False
@@ -63,21 +67,34 @@ class MomentumCorrection:
         return key in self._unsent or key in self._velocity
 
     def compensate(self, x: Tensor, key: str) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        g = x.to(dtype)
-        u = self._velocity.get_like(key, x, "velocity")
-        if u is None:
-            u = self.initial_velocity(key)
-        if u is None:
-            velocity = g * self.momentum if self.nesterov else g.clone()
-        elif self.nesterov:
-            velocity = torch.add(u, g).mul_(self.momentum)
-        else:
-            velocity = torch.add(g, u, alpha=self.momentum)
-        self._velocity.stage(key, velocity)
-        unsent = self._unsent.get(key)
-        total = velocity.clone() if unsent is None else unsent + velocity
-        return total.add_(g) if self.nesterov else total
+        before, after = self._before(x, key), self._after(x, key)
+        u, v = (y.view(-1) for y in after)
+        velocity, unsent = map(_flat, before)
+        correct_momentum_(u, v, x.reshape(-1), velocity, unsent, self.momentum, self.nesterov)
+        self._velocity.stage(key, after[0])
+        return after[1]
+
+    def send(self, x: Tensor, key: str, compressor: Compressor, ctx: TensorCtx) -> Payload | None:
+        """The fused path: compensate, compress, and stage what is left unsent, in one pass. The payload; None
+        if the compressor has no such path for this tensor, and then nothing was done."""
+        if not isinstance(compressor, CorrectsMomentum) or not compressor.corrects(ctx):
+            return None
+        before, after = self._before(x, key), self._after(x, key)
+        payload = compressor.correct_and_compress(
+            x, before, after, self.momentum, self.nesterov, self.masking, ctx
+        )
+        self._velocity.stage(key, after[0])
+        self._unsent.stage(key, after[1])
+        return payload
+
+    def _before(self, x: Tensor, key: str) -> tuple[Tensor | None, Tensor | None]:
+        velocity = self._velocity.get_like(key, x, "velocity")
+        if velocity is None:
+            velocity = self.initial_velocity(key)
+        return velocity, self._unsent.get_like(key, x, "unsent")
+
+    def _after(self, x: Tensor, key: str) -> tuple[Tensor, Tensor]:
+        return self._velocity.fresh(key, x), self._unsent.fresh(key, x)
 
     def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
         """Stage what is unsent, in the memory of ``compensated``, and the masked velocity."""
@@ -92,9 +109,7 @@ class MomentumCorrection:
         velocity = self._velocity.staged(key)
         assert velocity is not None, "compensate() comes first"
         if self.masking:
-            velocity = velocity.contiguous()
             velocity.view(-1).index_fill_(0, places.long(), 0)
-            self._velocity.stage(key, velocity)
         self._unsent.stage(key, unsent)
 
     def deliver(self, mean: Tensor, key: str) -> Tensor:
@@ -121,3 +136,7 @@ class MomentumCorrection:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         parted(state, self._unsent, {_VELOCITY: self._velocity})
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1)

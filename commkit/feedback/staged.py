@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
+from ..ops import empty
 from ..types import StateDict
 
 
@@ -13,11 +15,19 @@ class StagedTensors:
     """A dictionary of tensors with one level of undo.
 
     Between ``stage`` and ``commit`` both the old and the new tensor are alive.
+
+    Args:
+        recycle: on a CPU, where fresh memory costs more than what is written to it, the tensor that a commit
+            makes useless is kept for :meth:`fresh`: twice the memory, for good. What anybody else was shown
+            is never written over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recycle: bool = False) -> None:
         self._current: dict[str, Tensor] = {}
         self._staged: dict[str, Tensor | None] = {}
+        self._recycle = recycle
+        self._spare: dict[str, Tensor] = {}
+        self._shown: set[str] = set()  # of what is current
 
     def get(self, key: str) -> Tensor | None:
         return self._current.get(key)
@@ -40,35 +50,57 @@ class StagedTensors:
             )
         return value
 
+    def fresh(self, key: str, like: Tensor) -> Tensor:
+        """Memory for the next tensor of ``key``: contiguous, of the shape and the work dtype of ``like``."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        spare = self._spare.pop(key, None)
+        wanted = like.shape, dtype, like.device
+        if spare is not None and (spare.shape, spare.dtype, spare.device) == wanted:
+            return spare
+        return empty(like.shape, dtype, like.device)
+
     def stage(self, key: str, value: Tensor | None) -> None:
         """``value`` replaces the tensor at ``commit(True)``; None removes it."""
         self._staged[key] = value
 
     def commit(self, ok: bool) -> None:
         """Make all staged changes, or forget them."""
-        if ok:
-            for key, value in self._staged.items():
-                if value is None:
-                    self._current.pop(key, None)
-                else:
+        for key, value in self._staged.items():
+            useless = value
+            if ok:
+                useless = self._current.pop(key, None)
+                if key in self._shown:
+                    self._shown.remove(key)
+                    useless = None
+                if value is not None:
                     self._current[key] = value
+            self._keep(key, useless if value is not None else None)
         self._staged.clear()
+
+    def _keep(self, key: str, useless: Tensor | None) -> None:
+        if useless is None:
+            self._spare.pop(key, None)
+        elif self._recycle and useless.device.type == "cpu" and useless.is_contiguous():
+            self._spare[key] = useless
 
     def __contains__(self, key: str) -> bool:
         return key in self._current
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
+        self._shown.update(self._current)
         yield from self._current.items()
 
     def values(self) -> Iterator[Tensor]:
         yield from self._current.values()
 
     def state_dict(self) -> StateDict:
-        return dict(self._current)
+        return dict(self.items())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace everything by copies of ``state``'s tensors."""
         self._staged.clear()
+        self._spare.clear()
+        self._shown.clear()
         self._current = {key: value.detach().clone() for key, value in state.items()}
 
 

@@ -9,11 +9,18 @@ from . import native
 from .definitions import NAMESPACE, OPS
 from .functions import (
     accumulate_blocks_,
+    accumulate_e3m0_,
     accumulate_signs_,
+    combine_tiles_,
+    correct_momentum_,
     dequantize_blocks,
     dequantize_codebook,
+    dequantize_e3m0,
     dequantize_natural,
+    dgc_step_,
     encode_signs,
+    frozen_adam_,
+    largest_of_rows,
     pack_codes,
     pack_nibbles,
     pack_signs,
@@ -21,6 +28,7 @@ from .functions import (
     quantize_blocks,
     quantize_buckets,
     quantize_codebook,
+    quantize_e3m0,
     quantize_natural,
     sample_threshold,
     scatter_accumulate_,
@@ -34,9 +42,11 @@ from .functions import (
     unpack_signs,
     unpack_ternary,
     write_blocks_,
+    write_e3m0_,
     write_signs_,
 )
 from .native import empty
+from .selection import largest_from
 
 native.register()
 
@@ -44,12 +54,20 @@ __all__ = [
     "NAMESPACE",
     "OPS",
     "accumulate_blocks_",
+    "accumulate_e3m0_",
     "accumulate_signs_",
+    "combine_tiles_",
+    "correct_momentum_",
     "dequantize_blocks",
     "dequantize_codebook",
+    "dequantize_e3m0",
     "dequantize_natural",
+    "dgc_step_",
     "empty",
     "encode_signs",
+    "frozen_adam_",
+    "largest_from",
+    "largest_of_rows",
     "pack_codes",
     "pack_nibbles",
     "pack_signs",
@@ -57,6 +75,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_buckets",
     "quantize_codebook",
+    "quantize_e3m0",
     "quantize_natural",
     "sample_threshold",
     "scatter_accumulate_",
@@ -70,5 +89,6 @@ __all__ = [
     "unpack_signs",
     "unpack_ternary",
     "write_blocks_",
+    "write_e3m0_",
     "write_signs_",
 ]

@@ -1,17 +1,17 @@
-"""What an in-place operator must be given, whichever kernel serves it."""
+"""What an operator must be given, whichever kernel serves it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
 def check_sign_rows(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
-    _check_out(out)
-    _check_rows("bits", bits, -(-out.numel() // 8), torch.uint8)
-    _check("scales", scales, len(bits), out.dtype)
+    check_floats("out", out)
+    _check_rows("bits", bits, -(-out.numel() // 8), torch.uint8, out.device)
+    _check("scales", scales, len(bits), out.dtype, out.device)
 
 
 def check_block_rows(
@@ -22,36 +22,102 @@ def check_block_rows(
     block_size: int,
     divisor: int,
 ) -> None:
-    _check_out(out)
-    if bits not in (4, 8):
-        raise ValueError(f"bits={bits} must be 4 or 8")
-    if block_size < 1:
-        raise ValueError(f"block_size={block_size} must be at least 1")
+    """``codes`` of so many bits per element, and scales per block."""
+    check_floats("out", out)
+    if bits not in (2, 4, 8):
+        raise ValueError(f"bits={bits} must be 2, 4 or 8")
+    check_block_size(block_size)
     if not 1 <= divisor < 2**24:  # beyond, float32 does not have every whole number
         raise ValueError(f"divisor={divisor} must be at least 1 and below 2^24")
     n = out.numel()
-    _check_rows("codes", codes, n if bits == 8 else -(-n // 2), torch.uint8)
-    _check_rows("scales", scales, -(-n // block_size), torch.float32)
+    _check_rows("codes", codes, -(-n * bits // 8), torch.uint8, out.device)
+    _check_rows("scales", scales, -(-n // block_size), torch.float32, out.device)
     if len(codes) != len(scales):
         raise ValueError(f"scales has {len(scales)} tensors for {len(codes)} of codes")
 
 
-def _check_out(out: Tensor) -> None:
-    if not out.is_floating_point():
-        raise TypeError(f"out is of {out.dtype} and must be of a floating dtype")
-    if out.dim() != 1:
-        raise ValueError(f"out has shape {tuple(out.shape)} and must be 1-D; pass out.view(-1)")
+def check_block_size(block_size: int) -> None:
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1")
 
 
-def _check_rows(name: str, rows: Sequence[Tensor], numel: int, dtype: torch.dtype) -> None:
+def check_floats(name: str, x: Tensor, dim: int = 1) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is of {x.dtype} and must be of a floating dtype")
+    if x.dim() != dim:
+        remedy = f"; pass {name}.view(-1)" if dim == 1 else ""
+        raise ValueError(f"{name} has shape {tuple(x.shape)} and must be {dim}-D{remedy}")
+
+
+def check_alike(first: str, like: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """``others`` are of the work dtype, size and device of ``like``."""
+    check_floats(first, like)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    for name, x in others.items():
+        if x is not None:
+            _check(name, x, like.numel(), dtype, like.device)
+
+
+def check_correction(
+    u: Tensor, v: Tensor, g: Tensor, velocity: Tensor | None, unsent: Tensor | None
+) -> None:
+    """u and v are written while the others are read."""
+    given = {"u": u, "v": v, "velocity": velocity, "unsent": unsent}
+    check_alike("g", g, given)
+    read = {"g": g, "velocity": velocity, "unsent": unsent}
+    for name, x in (("u", u), ("v", v)):
+        for other, y in (read if name == "v" else {"v": v, **read}).items():
+            if y is not None and x.numel() and x.data_ptr() == y.data_ptr():
+                raise ValueError(f"{name} is the memory of {other}, and must have its own")
+
+
+def check_tiles(
+    out: Tensor,
+    places: Sequence[Tensor],
+    values: Sequence[Tensor],
+    tall: Tensor,
+    wide: Tensor,
+    columns: int,
+) -> None:
+    check_floats("out", out)
+    for name, basis in (("tall", tall), ("wide", wide)):
+        if basis.dim() != 2 or basis.shape[0] != basis.shape[1]:
+            raise ValueError(f"{name} has shape {tuple(basis.shape)} and must be square")
+        if basis.dtype != out.dtype:
+            raise TypeError(f"{name} is of {basis.dtype} and must be of {out.dtype}")
+    size = tall.shape[0] * wide.shape[0]
+    if columns < 1 or size == 0 or out.numel() % (size * columns):
+        raise ValueError(f"columns={columns} of {size} elements do not divide {out.numel()}")
+    if not places or len(places) != len(values):
+        raise ValueError(f"places has {len(places)} tensors and values {len(values)}")
+    for name, rows, dtype in (("places", places, torch.int16), ("values", values, out.dtype)):
+        for i, row in enumerate(rows):
+            if row.dtype != dtype:
+                raise TypeError(f"{name}[{i}] is of {row.dtype} and must be of {dtype}")
+            if row.shape != (out.numel() // size, places[0].shape[-1]):
+                raise ValueError(
+                    f"{name}[{i}] has shape {tuple(row.shape)} and must have one row per tile"
+                )
+
+
+def check_k(k: int, n: int) -> None:
+    if not 0 <= k <= n:
+        raise ValueError(f"k={k} must be from 0 to the {n} elements of a row")
+
+
+def _check_rows(
+    name: str, rows: Sequence[Tensor], numel: int, dtype: torch.dtype, device: torch.device
+) -> None:
     if not rows:
         raise ValueError(f"{name} is empty and must have at least one tensor")
     for place, row in enumerate(rows):
-        _check(f"{name}[{place}]", row, numel, dtype)
+        _check(f"{name}[{place}]", row, numel, dtype, device)
 
 
-def _check(name: str, x: Tensor, numel: int, dtype: torch.dtype) -> None:
+def _check(name: str, x: Tensor, numel: int, dtype: torch.dtype, device: torch.device) -> None:
     if x.dtype != dtype:
         raise TypeError(f"{name} is of {x.dtype} and must be of {dtype}")
     if x.dim() != 1 or x.numel() != numel:
         raise ValueError(f"{name} has shape {tuple(x.shape)} and must have ({numel},)")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} and must be on {device}")

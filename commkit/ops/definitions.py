@@ -55,6 +55,16 @@ def _fake_dequantize_blocks(
     return codes.new_empty(numel, dtype=torch.float32)
 
 
+def _fake_quantize_e3m0(
+    x: Tensor, block_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    return _fake_quantize_blocks(x, 4, block_size, stochastic, seed)
+
+
+def _fake_dequantize_e3m0(codes: Tensor, scales: Tensor, numel: int, block_size: int) -> Tensor:
+    return codes.new_empty(numel, dtype=torch.float32)
+
+
 def _fake_quantize_buckets(
     x: Tensor, levels: int, bucket_size: int, l2: bool, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -95,6 +105,15 @@ def _fake_select_at_least(x: Tensor, threshold: Tensor) -> Tensor:
     return x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
+def _fake_largest_of_rows(x: Tensor, k: int) -> Tensor:
+    return x.new_empty((x.shape[0], k), dtype=torch.int64)
+
+
+def _fake_dgc_step(u: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    k = arguments[-2]
+    return v.new_empty(k, dtype=torch.int64), v.new_empty(k)
+
+
 def _fake_in_place(*arguments: Any) -> None:
     return None
 
@@ -102,6 +121,16 @@ def _fake_in_place(*arguments: Any) -> None:
 _SUM_SIGNS = "(Tensor(a!) out, Tensor[] bits, Tensor scales) -> ()"
 _SUM_BLOCKS = (
     "(Tensor(a!) out, Tensor[] codes, Tensor[] scales, int bits, int block_size, int divisor) -> ()"
+)
+_SUM_E3M0 = "(Tensor(a!) out, Tensor[] codes, Tensor[] scales, int block_size, int divisor) -> ()"
+_CORRECT_MOMENTUM = "(Tensor(a!) u, Tensor(b!) v, Tensor g, Tensor? velocity, Tensor? unsent, float momentum, bool nesterov"
+_FROZEN_ADAM = (
+    "(Tensor(a!) p, Tensor(b!) exp_avg, Tensor momentum, Tensor denominator, float keep, float size)"
+    " -> ()"
+)
+_COMBINE_TILES = (
+    "(Tensor(a!) out, Tensor[] places, Tensor[] values, Tensor tall, Tensor wide, int columns, "
+    "bool subtract) -> ()"
 )
 
 OPS: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -126,6 +155,16 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "write_blocks_": (_SUM_BLOCKS, _fake_in_place),
     "accumulate_blocks_": (_SUM_BLOCKS, _fake_in_place),
+    "quantize_e3m0": (
+        "(Tensor x, int block_size, bool stochastic, int seed) -> (Tensor, Tensor)",
+        _fake_quantize_e3m0,
+    ),
+    "dequantize_e3m0": (
+        "(Tensor codes, Tensor scales, SymInt numel, int block_size) -> Tensor",
+        _fake_dequantize_e3m0,
+    ),
+    "write_e3m0_": (_SUM_E3M0, _fake_in_place),
+    "accumulate_e3m0_": (_SUM_E3M0, _fake_in_place),
     "quantize_buckets": (
         "(Tensor x, int levels, int bucket_size, bool l2, int seed) -> (Tensor, Tensor)",
         _fake_quantize_buckets,
@@ -145,12 +184,23 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "sample_threshold": ("(Tensor x, int k, int seed) -> Tensor", _fake_sample_threshold),
     "select_at_least": ("(Tensor x, Tensor threshold) -> Tensor", _fake_select_at_least),
+    "largest_of_rows": ("(Tensor x, int k) -> Tensor", _fake_largest_of_rows),
     "stratified_indices": (
         "(SymInt numel, int k, int seed, Device device) -> Tensor",
         _fake_stratified_indices,
     ),
     "scatter_accumulate_": (
         "(Tensor(a!) out, Tensor indices, Tensor values) -> ()",
+        _fake_in_place,
+    ),
+    "correct_momentum_": (f"{_CORRECT_MOMENTUM}) -> ()", _fake_in_place),
+    "dgc_step_": (
+        f"{_CORRECT_MOMENTUM}, bool masking, float negligible, int k, int seed) -> (Tensor, Tensor)",
+        _fake_dgc_step,
+    ),
+    "combine_tiles_": (_COMBINE_TILES, _fake_in_place),
+    "frozen_adam_": (
+        _FROZEN_ADAM,
         _fake_in_place,
     ),
 }

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from . import definitions  # noqa: F401  (defines the operators)
-from .checks import check_block_rows, check_sign_rows
+from .checks import (
+    check_alike,
+    check_block_rows,
+    check_block_size,
+    check_correction,
+    check_floats,
+    check_k,
+    check_sign_rows,
+    check_tiles,
+)
 
 _ops = torch.ops.commkit
 
@@ -124,8 +133,8 @@ def write_blocks_(
 
     Args:
         out: (n,) of floats.
-        codes: one or more codes of :func:`quantize_blocks` of n elements.
-        scales: the scales of each.
+        codes: one or more codes of :func:`quantize_blocks` of n elements; at 2 bits, of :func:`pack_ternary`.
+        scales: the scales of each, one per block.
 
     Raises:
         TypeError, ValueError: a wrong dtype or size; the message names the argument.
@@ -146,6 +155,40 @@ def accumulate_blocks_(
     is formed first."""
     check_block_rows(out, codes, scales, bits, block_size, divisor)
     _ops.accumulate_blocks_(out, codes, scales, bits, block_size, divisor)
+
+
+def quantize_e3m0(x: Tensor, block_size: int, stochastic: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """(n,) float -> (ceil(n/2),) uint8 codes of a sign and one of the magnitudes 0 and ``2^-6 S`` to ``S``,
+    and (ceil(n/block_size),) float32 scales ``S = max|block|`` (Streaming DiLoCo, Douillard et al. 2025).
+    Nearest in linear distance, ties to the smaller magnitude; ``seed`` is used by stochastic rounding alone.
+
+    Raises:
+        TypeError, ValueError: x or block_size is not as said.
+    """
+    check_floats("x", x)
+    check_block_size(block_size)
+    return cast(tuple[Tensor, Tensor], _ops.quantize_e3m0(x, block_size, stochastic, seed))
+
+
+def dequantize_e3m0(codes: Tensor, scales: Tensor, numel: int, block_size: int) -> Tensor:
+    """Inverse of :func:`quantize_e3m0` up to rounding: (numel,) float32."""
+    return cast(Tensor, _ops.dequantize_e3m0(codes, scales, numel, block_size))
+
+
+def write_e3m0_(
+    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], block_size: int, divisor: int
+) -> None:
+    """:func:`write_blocks_` for codes of :func:`quantize_e3m0`."""
+    check_block_rows(out, codes, scales, 4, block_size, divisor)
+    _ops.write_e3m0_(out, codes, scales, block_size, divisor)
+
+
+def accumulate_e3m0_(
+    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], block_size: int, divisor: int
+) -> None:
+    """:func:`accumulate_blocks_` for codes of :func:`quantize_e3m0`."""
+    check_block_rows(out, codes, scales, 4, block_size, divisor)
+    _ops.accumulate_e3m0_(out, codes, scales, block_size, divisor)
 
 
 def quantize_buckets(
@@ -188,8 +231,20 @@ def sample_threshold(x: Tensor, k: int, seed: int) -> Tensor:
 
 
 def select_at_least(x: Tensor, threshold: Tensor) -> Tensor:
-    """int64, increasing: where ``|x|`` is at least ``threshold`` (0-d float32)."""
+    """int64, increasing: where ``|x|`` is at least ``threshold`` (0-d float32), or NaN."""
     return cast(Tensor, _ops.select_at_least(x, threshold))
+
+
+def largest_of_rows(x: Tensor, k: int) -> Tensor:
+    """(rows, n) float -> (rows, k) int64, increasing in each row: where the k largest ``|x|`` are. Of equal
+    ones the first are taken, and NaN before all.
+
+    Raises:
+        TypeError, ValueError: x is not a matrix of floats, or has fewer than k columns.
+    """
+    check_floats("x", x, 2)
+    check_k(k, x.shape[1])
+    return cast(Tensor, _ops.largest_of_rows(x, k))
 
 
 def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:
@@ -216,3 +271,121 @@ def _two_norm_float64(x: Tensor) -> Tensor:
 def scatter_accumulate_(out: Tensor, indices: Tensor, values: Tensor) -> None:
     """``out[indices] += values`` in place; ``indices`` must not repeat."""
     _ops.scatter_accumulate_(out, indices, values)
+
+
+def correct_momentum_(
+    u: Tensor,
+    v: Tensor,
+    g: Tensor,
+    velocity: Tensor | None,
+    unsent: Tensor | None,
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """One step of DGC's momentum correction in one pass (Lin et al. 2018, equation 4): the new velocity and
+    the new unsent are written to u and v.
+
+    Args:
+        u: (n,) of ``g``'s work dtype, with memory of its own.
+        v: like u.
+        g: (n,) float.
+        velocity: u before, of the work dtype; None: there was none, and u is ``g``.
+        unsent: v before; None: there was nothing.
+        momentum: mu of ``u = mu u + g``, ``v = v + u``.
+        nesterov: ``u = mu (u + g)``, ``v = v + u + g``.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, size or device; the message names the argument.
+    """
+    check_correction(u, v, g, velocity, unsent)
+    _ops.correct_momentum_(u, v, g, velocity, unsent, momentum, nesterov)
+
+
+def dgc_step_(
+    u: Tensor,
+    v: Tensor,
+    g: Tensor,
+    velocity: Tensor | None,
+    unsent: Tensor | None,
+    momentum: float,
+    nesterov: bool,
+    masking: bool,
+    negligible: float,
+    k: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """One step of Deep Gradient Compression in one pass: :func:`correct_momentum_`, then the k largest of v
+    are taken out of it, and with ``masking`` u is 0 there (Lin et al. 2018, algorithm 4).
+
+    Args:
+        u, v, g, velocity, unsent, momentum, nesterov: as for :func:`correct_momentum_`.
+        masking: whether what is taken out loses its velocity.
+        negligible: magnitudes up to this one keep it: those of which nothing is left in the dtype they are
+            sent in.
+        k: from 0 to n.
+        seed: of the sample that a kernel may use to find them; the result does not depend on it.
+
+    Returns:
+        Where they are, (k,) int64, increasing, and what v was there, (k,). Of equal magnitudes the first are
+        taken, and NaN before all.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, size or device; the message names the argument.
+    """
+    check_correction(u, v, g, velocity, unsent)
+    check_k(k, g.numel())
+    return cast(
+        tuple[Tensor, Tensor],
+        _ops.dgc_step_(u, v, g, velocity, unsent, momentum, nesterov, masking, negligible, k, seed),
+    )
+
+
+def frozen_adam_(
+    p: Tensor, exp_avg: Tensor, momentum: Tensor, denominator: Tensor, keep: float, size: float
+) -> None:
+    """A step of Adam whose variance is frozen, in place and in one pass: ``exp_avg = momentum``,
+    ``p = keep p - size momentum / denominator``.
+
+    Args:
+        p: (n,) float32 or float64.
+        exp_avg: like p, written over.
+        momentum: like p.
+        denominator: like p; inf where p shall not move.
+        keep: 1 - lr * weight decay.
+        size: lr over the bias correction.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, size or device; the message names the argument.
+    """
+    check_alike(
+        "p", p, {"p": p, "exp_avg": exp_avg, "momentum": momentum, "denominator": denominator}
+    )
+    _ops.frozen_adam_(p, exp_avg, momentum, denominator, keep, size)
+
+
+def combine_tiles_(
+    out: Tensor,
+    places: Sequence[Tensor],
+    values: Sequence[Tensor],
+    tall: Tensor,
+    wide: Tensor,
+    columns: int,
+    subtract: bool,
+) -> None:
+    """The matrix of which a few coefficients of each tile are known, in place: ``out = X`` or ``out -= X``.
+
+    Args:
+        out: (n,) float; X by rows.
+        places: one or more (tiles, k) int16: where in each tile's coefficients, (height, width) by rows;
+            different ones in a row.
+        values: for each, (tiles, k) like out. Of several the mean of those that are not 0 counts.
+        tall: (height, height) like out; a tile is ``tall^T C wide``.
+        wide: (width, width) like out.
+        columns: tiles side by side; tiles are numbered along rows.
+        subtract: take X from what is there.
+
+    Raises:
+        TypeError, ValueError, IndexError: a wrong dtype, size or place; the message names the argument.
+    """
+    check_tiles(out, places, values, tall, wide, columns)
+    _ops.combine_tiles_(out, places, values, tall, wide, columns, subtract)

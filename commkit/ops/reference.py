@@ -1,17 +1,29 @@
 """Pure-torch kernels: the meaning of every op, and what every other kernel is compared with.
 
-Tensors are 1-D. Integer arithmetic wraps. Nothing here draws from torch's global generator: randomness is
-a hash of (seed, element index), the same on every device.
+The codes are here, the rest in ``noise``, ``selection``, ``tiles`` and ``updates``. Tensors are 1-D. Integer
+arithmetic wraps. Nothing here draws from torch's global generator: randomness is a hash of (seed, element
+index), the same on every device.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from .noise import uniform_noise as uniform_noise
+from .selection import largest_of_rows as largest_of_rows
+from .selection import sample_threshold as sample_threshold
+from .selection import scatter_accumulate_ as scatter_accumulate_
+from .selection import select_at_least as select_at_least
+from .selection import stratified_indices as stratified_indices
+from .tiles import combine_tiles_ as combine_tiles_
+from .updates import correct_momentum_ as correct_momentum_
+from .updates import dgc_step_ as dgc_step_
+from .updates import frozen_adam_ as frozen_adam_
 
 # Multiplying by these gathers one bit (two bits) of each byte into the top byte; no two partial products
 # meet, so nothing carries.
@@ -46,34 +58,6 @@ def _nibble_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _natural_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     sizes = [0.0, *(math.ldexp(1.0, code - 127) for code in range(1, 128))]
     return torch.tensor([*sizes, *(-size for size in sizes)], dtype=dtype, device=device)
-
-
-def _as_int32(value: int) -> int:
-    return (value & 0xFFFFFFFF) - ((value & 0x80000000) << 1)
-
-
-def noise_keys(seed: int) -> tuple[int, int]:
-    """Two int32 keys of a seed (splitmix64)."""
-    z = (seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    z ^= z >> 31
-    return _as_int32(z), _as_int32(z >> 32)
-
-
-def uniform_noise(numel: int, seed: int, device: torch.device) -> Tensor:
-    """(numel,) float32 in [0, 1), multiples of 2^-24: a 32-bit finaliser hash of the index, keyed twice
-    so that two seeds never give shifted copies of one stream."""
-    first, second = noise_keys(seed)
-    x = torch.arange(numel, dtype=torch.int64, device=device).to(torch.int32)
-    x += first
-    x ^= (x >> 16) & 0xFFFF
-    x *= 0x7FEB352D
-    x += second
-    x ^= (x >> 15) & 0x1FFFF
-    x *= _as_int32(0x846CA68B)
-    x ^= (x >> 16) & 0xFFFF
-    return ((x >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24)
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -172,11 +156,12 @@ def quantize_blocks(
 def dequantize_blocks(
     codes: Tensor, scales: Tensor, numel: int, bits: int, block_size: int
 ) -> Tensor:
-    """(numel,) float32."""
+    """(numel,) float32. At 2 bits codes are those of :func:`pack_ternary`, with scales of any origin."""
     if bits == 8:
         values = codes.view(torch.int8).to(torch.float32)
     else:
-        values = unpack_nibbles(codes, numel, torch.float32)
+        unpack = unpack_ternary if bits == 2 else unpack_nibbles
+        values = unpack(codes, numel, torch.float32)
     return _scale_blocks(values[:numel], scales, block_size)
 
 
@@ -188,13 +173,18 @@ def _sum_blocks(
     block_size: int,
     divisor: int,
 ) -> Tensor:
-    def share(row: Tensor, own: Tensor) -> Tensor:
-        values = dequantize_blocks(row, own, out.numel(), bits, block_size)
-        return values.to(out.dtype).div_(divisor)
+    values = (
+        dequantize_blocks(row, own, out.numel(), bits, block_size)
+        for row, own in zip(codes, scales, strict=True)
+    )
+    return _sum_shares(out, values, divisor)
 
-    total = share(codes[0], scales[0])
-    for row, own in zip(codes[1:], scales[1:], strict=True):
-        total.add_(share(row, own))
+
+def _sum_shares(out: Tensor, values: Iterable[Tensor], divisor: int) -> Tensor:
+    shares = (x.to(out.dtype).div_(divisor) for x in values)
+    total = next(shares)
+    for share in shares:
+        total.add_(share)
     return total
 
 
@@ -226,6 +216,64 @@ def accumulate_blocks_(
 def _scale_blocks(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
     blocks = _pad_to(values, block_size).view(-1, block_size)
     return (blocks * scales.unsqueeze(1)).view(-1)[: values.numel()]
+
+
+@functools.lru_cache(maxsize=8)
+def _e3m0_table(device: torch.device) -> Tensor:
+    sizes = [0.0, *(math.ldexp(1.0, code - 7) for code in range(1, 8))]
+    return torch.tensor([*sizes, *(-size for size in sizes)], device=device)
+
+
+def quantize_e3m0(x: Tensor, block_size: int, stochastic: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """4 bits per element, and per block the scale ``S = max|block|``. The lower three bits c of a code stand
+    for 0 if c is 0, else for ``2^(c - 7) S``; the highest is the sign, 0 for c = 0. Two per byte, the first in
+    the lower bits.
+
+    With ``y = |x| / S`` between the levels a and b, ``p = (y - a) / (b - a)``: nearest takes b if p > 1/2,
+    stochastic rounding if p > noise. In blocks whose scale is not finite every code is 0.
+    """
+    blocks = _pad_to(x.to(torch.float32), block_size).view(-1, block_size)
+    low, high = torch.aminmax(blocks, dim=1)
+    scales = torch.maximum(high, -low).abs_()  # never -0
+    y = blocks.abs() / torch.where(scales > 0, scales, torch.inf).unsqueeze(1)
+    mantissas, exponents = torch.frexp(y)  # y = mantissa * 2^exponent with the mantissa in [1/2, 1)
+    graded = y >= 2**-6
+    codes = torch.where(graded, exponents + 6, 0)
+    p = torch.where(graded, 2 * mantissas - 1, 64 * y)
+    codes += p > (uniform_noise(y.numel(), seed, x.device).view_as(y) if stochastic else 0.5)
+    codes += ((blocks < 0) & (codes > 0)).to(codes.dtype) << 3
+    codes = codes.to(torch.int8).view(-1)[: x.numel()]
+    return pack_nibbles(codes - 8), scales
+
+
+def dequantize_e3m0(codes: Tensor, scales: Tensor, numel: int, block_size: int) -> Tensor:
+    """(numel,) float32."""
+    fields = unpack_nibbles(codes, numel, torch.int32) + 8
+    return _scale_blocks(_e3m0_table(codes.device).index_select(0, fields), scales, block_size)
+
+
+def _sum_e3m0(
+    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], block_size: int, divisor: int
+) -> Tensor:
+    values = (
+        dequantize_e3m0(row, own, out.numel(), block_size)
+        for row, own in zip(codes, scales, strict=True)
+    )
+    return _sum_shares(out, values, divisor)
+
+
+def write_e3m0_(
+    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], block_size: int, divisor: int
+) -> None:
+    """As :func:`write_blocks_`."""
+    out.copy_(_sum_e3m0(out, codes, scales, block_size, divisor))
+
+
+def accumulate_e3m0_(
+    out: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], block_size: int, divisor: int
+) -> None:
+    """As :func:`accumulate_blocks_`."""
+    out.add_(_sum_e3m0(out, codes, scales, block_size, divisor))
 
 
 def quantize_buckets(
@@ -305,41 +353,3 @@ def dequantize_natural(codes: Tensor, top: Tensor, dtype: torch.dtype) -> Tensor
     """(n,) of ``dtype``."""
     table = _natural_table(dtype, codes.device)
     return table.index_select(0, codes.to(torch.int32)) * top.to(dtype)
-
-
-def sample_threshold(x: Tensor, k: int, seed: int) -> Tensor:
-    """A 0-d estimate of the k-th largest ``|x|`` from a strided sample of about 1 % of ``x``.
-
-    The stride is odd and a multiple of 32 plus 1, its start random (Lin et al. 2018, section 3.1 and its
-    public code); the sample holds at least 64 of the wanted elements, or is all of ``x``.
-    """
-    n = x.numel()
-    wanted = min(n, max(n // 100, -(-64 * n // k)))
-    stride = max(1, n // wanted)
-    if stride > 32:
-        stride = stride // 32 * 32 + 1
-    sample = x[seed % stride :: stride].abs()
-    rank = max(1, min(sample.numel(), round(k * sample.numel() / n)))
-    return torch.topk(sample, rank, sorted=True).values[-1].to(torch.float32, copy=True)
-
-
-def select_at_least(x: Tensor, threshold: Tensor) -> Tensor:
-    """int64, increasing: where ``|x| >= threshold``, which NaN never is."""
-    return (x.abs() >= threshold).nonzero().view(-1)
-
-
-def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:
-    """(k,) int64, one uniform index from each of k consecutive strata of nearly equal length."""
-    bounds = torch.arange(k + 1, dtype=torch.int64, device=device) * numel // max(k, 1)
-    # 48 hash bits, so that the modulo bias stays below size / 2^48.
-    high = uniform_noise(k, seed, device).double()
-    low = uniform_noise(k, seed ^ 0x5BD1E995, device).double()
-    u = high + low * 2.0**-24
-    sizes = bounds[1:] - bounds[:-1]
-    return bounds[:-1] + torch.minimum((u * sizes).long(), sizes - 1)
-
-
-def scatter_accumulate_(out: Tensor, indices: Tensor, values: Tensor) -> None:
-    """``out[indices] += values`` in place. Indices are unique, so that the result is deterministic."""
-    positions = indices.long()
-    out.index_copy_(0, positions, out.index_select(0, positions) + values.to(out.dtype))

@@ -1,5 +1,7 @@
-"""Optimizers that communicate: they decide what is sent in place of gradients."""
+"""Optimizers that communicate: they decide what is sent in place of gradients; and one for gradients that are
+late."""
 
+from .adaptive_braking import AdaptiveBrakingSGD
 from .base import CommOptimizer, OptimizerReducer, OptimizerScheme
 from .demo import DeMo
 from .dgc_sgd import DGCSGD
@@ -8,6 +10,7 @@ from .onebit_lamb import OneBitLamb
 from .zero_one_adam import ZeroOneAdam
 
 __all__ = [
+    "AdaptiveBrakingSGD",
     "CommOptimizer",
     "DGCSGD",
     "DeMo",

@@ -50,7 +50,9 @@ class DeMo(CommOptimizer):
             sign method.
         weight_decay: decoupled.
         decay: beta of the momentum.
-        top_k: coefficients of each tile; halve it as long as the loss follows.
+        top_k: coefficients of each tile that a rank sends; ranks send different ones, so what matters is
+            ``top_k W`` beside the elements of a tile: the paper's 32 is for 64 ranks. With few ranks raise
+            it, up to 1024 / W; halve it as long as the loss follows.
         chunk: largest side of a tile.
         values: precision of what is sent; m keeps the rounding error.
         sign: False applies means themselves: SGD without momentum, with error feedback that forgets, in the

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..aggregators import AllGather
+from ..clipping import clip_coefficient, mean_norm
 from ..compressors import TopK
 from ..feedback import MomentumCorrection
 from ..policy import Policy
 from ..types import Comm
 from .base import CommOptimizer, OptimizerReducer, Parameters, in_work_dtype
-from .clipping import clip_coefficient, mean_norm
 from .settings import check_group, require_at_least_zero
 
 _MOMENTUM, _DECAY = "momentum_buffer", "decay_momentum"
@@ -44,9 +44,11 @@ class DGCSGD(CommOptimizer):
             not wait for hundreds of steps (short runs, few ranks).
         warmup_steps: steps from the run's first in which the density comes down from 25 %, see
             :class:`~commkit.compressors.TopK`. About four epochs.
-        clip_norm: largest norm of the mean gradient; each rank clips its own to ``clip_norm / sqrt(W)``
-            before it is accumulated. For recurrent networks and transformers. 0 is off. It needs the whole
-            gradient, so nothing of the communication is hidden behind backward.
+        clip_norm: largest norm of the mean gradient, that of the dense run; each rank clips its own to
+            ``clip_norm sqrt(W)`` before it is accumulated, as the mean of W independent ones is shorter by
+            that. (The paper's ``clip_norm / sqrt(W)`` is of gradients that are divided by W already, its
+            algorithm 1.) For recurrent networks and transformers. 0 is off. It needs the whole gradient, so
+            nothing of the communication is hidden behind backward.
         masking: forget u where v was sent, so that old gradients do not push coordinates on that have just
             moved.
         threshold: how the largest are found, see :class:`~commkit.compressors.TopK`.
@@ -121,7 +123,7 @@ class DGCSGD(CommOptimizer):
         self._flushed.update(key for key in held if key not in compressed)
         if self.clip_norm:
             norm = mean_norm(named, None)
-            coefficient = clip_coefficient(norm, self.clip_norm / comm.world_size**0.5)
+            coefficient = clip_coefficient(norm, self.clip_norm * comm.world_size**0.5)
             if coefficient < 1:
                 for x in named.values():
                     x.mul_(coefficient)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..aggregators import TwoShot
+from ..clipping import clip_coefficient, mean_norm, require_norm
 from ..compressors import Sign
 from ..feedback import ErrorFeedback
 from ..policy import Policy
 from ..types import Comm
 from .adam import check_adam
 from .base import CommOptimizer, OptimizerReducer, Parameters
-from .clipping import clip_coefficient, mean_norm
 from .coordinates import Coordinates
 from .freezing import VarianceWatch
 
@@ -314,8 +314,7 @@ def _check(
                 f"freeze_step={freeze_step} must not come before the learning-rate warm-up ends at "
                 f"warmup_steps={warmup_steps}: the variance is not steady there; raise freeze_step"
             )
-    if max_grad_norm < 0:
-        raise ValueError(f"max_grad_norm={max_grad_norm} must be >= 0; use 0 for no clipping")
+    require_norm("max_grad_norm", max_grad_norm)
     if clip not in ("momentum", "gradient"):
         raise ValueError(f"clip={clip!r} must be 'momentum' or 'gradient'")
     if not 0 <= variance_floor < 1:

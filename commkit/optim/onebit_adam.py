@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .adam import adamw_
+from .adam import adamw_, frozen_adamw_
 from .base import Parameters
 from .onebit import FreezeStep, OneBitOptimizer
 
@@ -88,7 +88,4 @@ class OneBitAdam(OneBitOptimizer):
     def apply_compressed(
         self, p: Tensor, momentum: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
-        state["exp_avg"].copy_(momentum)
-        correction = 1 - group["betas"][0] ** float(state["step"])
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.addcdiv_(momentum, state["denominator"], value=-group["lr"] / correction)
+        frozen_adamw_(p, momentum, state, group)

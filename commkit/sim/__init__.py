@@ -1,5 +1,18 @@
-"""Ranks without processes: the library's schemes run unchanged and never know."""
+"""Ranks without processes, and workers without clocks: the library's schemes run unchanged and never know."""
 
+from .stragglers import BackupClock, Bursts, DelayModel, Pareto, ShiftedExponential, Trace
 from .threads import ThreadComm, run_threads
+from .transport import ThreadNetwork, ThreadTransport
 
-__all__ = ["ThreadComm", "run_threads"]
+__all__ = [
+    "BackupClock",
+    "Bursts",
+    "DelayModel",
+    "Pareto",
+    "ShiftedExponential",
+    "ThreadComm",
+    "ThreadNetwork",
+    "ThreadTransport",
+    "Trace",
+    "run_threads",
+]

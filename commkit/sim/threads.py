@@ -6,8 +6,10 @@ network.
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from ..comm import all_reduce_wire_bytes, nbytes, part_of
 from ..types import ByteCounter, ReduceOp
 
 T = TypeVar("T")
+_PATIENCE_S = 0.1
 
 
 class _Group:
@@ -26,6 +29,13 @@ class _Group:
         self.slots: list[Any] = [None] * world_size
         self.timeout_s = timeout_s
         self.parts: list[_Group] = []
+        # What is on its way, by (sender, receiver, tag).
+        self.mail: dict[tuple[int, int, int], queue.SimpleQueue[Tensor]] = {}
+        self.mail_lock = threading.Lock()
+
+    def box(self, sender: int, receiver: int, tag: int) -> queue.SimpleQueue[Tensor]:
+        with self.mail_lock:
+            return self.mail.setdefault((sender, receiver, tag), queue.SimpleQueue())
 
     def abort(self) -> None:
         """Release everybody who waits, in parts of the group too."""
@@ -93,6 +103,26 @@ class ThreadComm:
         wire = (self.world_size - 1) * nbytes(x) // self.world_size
         self._count("broadcast", nbytes(x), wire)
         return x.copy_(gathered[src])
+
+    def exchange(
+        self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int = 0
+    ) -> set[int]:
+        group = self._group
+        for peer, x in sends.items():
+            group.box(self._rank, peer, tag).put(x.clone())
+        deadline = time.monotonic() + group.timeout_s
+        for peer, x in receives.items():
+            box = group.box(peer, self._rank, tag)
+            while True:
+                try:
+                    x.copy_(box.get(timeout=_PATIENCE_S))
+                    break
+                except queue.Empty:
+                    if group.barrier.broken or time.monotonic() > deadline:
+                        raise threading.BrokenBarrierError from None
+        size = sum(map(nbytes, sends.values()))
+        self._count("exchange", size, size)
+        return set()
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         return list(self._exchange(("all_gather_object",), obj))

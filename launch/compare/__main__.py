@@ -41,6 +41,8 @@ class Arguments:
     """Rate of every node both ways, or one for each with commas; none is loopback."""
     steps: int = 200
     """Optimizer steps of each run."""
+    seconds: float | None = None
+    """Of training, after which a run ends even before its steps: losses at equal time."""
     seeds: int = 3
     """Runs of each configuration, with different data and weights."""
     rounds: int = 1
@@ -66,6 +68,11 @@ class Arguments:
     and two minutes."""
 
     @property
+    def all_overrides(self) -> tuple[str, ...]:
+        """Those given, and the limit of time."""
+        return *plan.limits(self.seconds), *self.overrides
+
+    @property
     def setting(self) -> "report.Setting":
         """What the report says was compared; the network is filled in later."""
         return report.Setting(
@@ -74,6 +81,7 @@ class Arguments:
             nodes=self.nodes,
             ranks_per_node=self.ranks_per_node,
             steps=self.steps,
+            seconds=self.seconds,
             seeds=self.seeds,
             rounds=self.rounds,
             overrides=self.overrides,
@@ -104,8 +112,10 @@ def prepare(arguments: Arguments) -> list[plan.Trial]:
         value = getattr(arguments, name)
         if value < 1:
             raise ValueError(f"--{name}: got {value}, but at least 1 is needed; raise it")
-    if arguments.deadline is not None and arguments.deadline <= 0:
-        raise ValueError(f"--deadline: got {arguments.deadline:g}; give seconds above 0")
+    for name in ("seconds", "deadline"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name}: got {value:g}; give seconds above 0")
     out = arguments.out.resolve()
     if (out / "runs").exists() or (out / "compare.json").exists():
         raise ValueError(
@@ -114,7 +124,7 @@ def prepare(arguments: Arguments) -> list[plan.Trial]:
     hooks = [name.strip() for name in arguments.baselines.split(",") if name.strip()]
     configurations = plan.choose(arguments.configs, hooks)
     trials = plan.order(configurations, arguments.seeds, arguments.rounds, out)
-    plan.check(trials, arguments.steps, arguments.overrides)
+    plan.check(trials, arguments.steps, arguments.all_overrides)
     return trials
 
 
@@ -138,7 +148,7 @@ def run(arguments: Arguments, trials: Sequence[plan.Trial]) -> int:
             executor = Executor(
                 lab,
                 arguments.steps,
-                arguments.overrides,
+                arguments.all_overrides,
                 arguments.ranks_per_node,
                 arguments.deadline,
             )

@@ -72,7 +72,7 @@ class Row:
         return None if spread is None else spread.median
 
 
-FIGURES = tuple(name for name in Figures.__dataclass_fields__ if name != "curve")
+FIGURES = tuple(n for n in Figures.__dataclass_fields__ if n not in ("curve", "in_rounds"))
 
 
 def compare(outcomes: Sequence[Outcome], ranks_per_node: int = 1) -> list[Row]:
@@ -104,17 +104,21 @@ def _row(name: str, runs: Sequence[Run]) -> Row:
 
 
 def _ratio(own: Sequence[Run], runs: Sequence[Run], reference: str) -> Spread | None:
-    """Step times over those of ``reference``, block by block."""
+    """Step times over those of ``reference``, block by block: medians, or means of runs that send in rounds."""
     others = {
-        run.outcome.trial.block: run.figures.step_seconds
+        run.outcome.trial.block: run.figures
         for run in runs
         if run.outcome.trial.configuration.name == reference and run.figures is not None
     }
     ratios = []
     for run in own:
         other = others.get(run.outcome.trial.block)
-        if run.figures is not None and run.figures.step_seconds is not None and other:
-            ratios.append(run.figures.step_seconds / other)
+        if run.figures is None or other is None:
+            continue
+        name = "mean_step_seconds" if run.figures.in_rounds else "step_seconds"
+        mine, theirs = getattr(run.figures, name), getattr(other, name)
+        if mine is not None and theirs:
+            ratios.append(mine / theirs)
     return Spread.of(ratios)
 
 

@@ -35,10 +35,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Figures:
-    """One finished run. Seconds are medians over its steady steps on rank 0, bytes are means per
-    step. None is "not known".
+    """One finished run. Seconds are medians over its steady steps on rank 0, or means if it sends in some of them
+    only; bytes are means per step. None is "not known".
 
     Args:
+        in_rounds: it sends in some steps and not in others, which no median step would show.
+        steps: done by the end.
+        mean_step_seconds: mean over the steady steps.
         step_seconds: a whole optimizer step.
         compute_seconds: the step without ``exposed_comm_seconds``.
         exposed_comm_seconds: what backward did not hide of communication and compression.
@@ -55,6 +58,9 @@ class Figures:
         curve: validation on the way.
     """
 
+    in_rounds: bool
+    steps: int
+    mean_step_seconds: float | None
     step_seconds: float | None
     compute_seconds: float | None
     exposed_comm_seconds: float | None
@@ -95,12 +101,17 @@ def read_figures(directory: Path, ranks_per_node: int = 1) -> Figures:
     interface_ratio, payload_ratio = (
         (None, None) if ranks_per_node > 1 else _reconcile(nodes, summary)
     )
+    in_rounds = len({bool(record["wire_bytes"]) for record in steady}) > 1
+    usual = _mean if in_rounds else middle
     return Figures(
-        step_seconds=middle(record["step_seconds"] for record in steady),
-        compute_seconds=middle(record["compute_seconds"] for record in steady),
-        exposed_comm_seconds=middle(record["exposed_comm_seconds"] for record in steady),
-        comm_seconds=middle(record["comm_seconds"] for record in steady),
-        compression_seconds=middle(map(_compression, steady)),
+        in_rounds=in_rounds,
+        steps=len(records),
+        mean_step_seconds=_mean(record["step_seconds"] for record in steady),
+        step_seconds=usual(record["step_seconds"] for record in steady),
+        compute_seconds=usual(record["compute_seconds"] for record in steady),
+        exposed_comm_seconds=usual(record["exposed_comm_seconds"] for record in steady),
+        comm_seconds=usual(record["comm_seconds"] for record in steady),
+        compression_seconds=usual(map(_compression, steady)),
         payload_bytes=_mean(record["payload_bytes"] for record in records),
         wire_bytes=_mean(record["wire_bytes"] for record in records),
         tx_bytes=_mean(record["tx_bytes"] for node in nodes for record in node),

@@ -107,6 +107,11 @@ def order(
     return trials
 
 
+def limits(seconds: float | None) -> tuple[str, ...]:
+    """Overrides that end a run after so many seconds of training, if it has not done its steps by then."""
+    return () if seconds is None else (f"max_seconds={float(seconds)}",)
+
+
 def words(trial: Trial, steps: int, overrides: Sequence[str]) -> list[str]:
     """Arguments of ``launch/train.py`` for a trial.
 

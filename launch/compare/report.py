@@ -28,6 +28,7 @@ class Setting:
         nodes: hosts.
         ranks_per_node: processes on each.
         steps: of each run.
+        seconds: of training after which runs ended before their steps; None: no limit.
         seeds: how many.
         rounds: how often each seed ran.
         overrides: fields replaced in every recipe.
@@ -42,6 +43,7 @@ class Setting:
     seeds: int
     rounds: int
     overrides: tuple[str, ...]
+    seconds: float | None = None
     interrupted: bool = False
 
 
@@ -103,6 +105,7 @@ def _columns() -> list[tuple[str, Callable[[Row], str]]]:
         ("configuration", lambda row: row.name),
         ("runs", lambda row: f"{row.finished}/{len(row.runs)}"),
         ("step [ms]", value("step_seconds", ".1f", 1e3)),
+        ("steps", value("steps", ".0f")),
         (f"step / {DDP}", lambda row: _spread(row.to_ddp)),
         (f"step / {NOOP}", lambda row: _spread(row.to_noop)),
         ("compute [ms]", value("compute_seconds", ".1f", 1e3)),
@@ -120,9 +123,10 @@ def _columns() -> list[tuple[str, Callable[[Row], str]]]:
 
 
 def _headline(setting: Setting) -> str:
+    limit = "" if setting.seconds is None else f" or {setting.seconds:g} s of training"
     text = (
         f"{setting.network[0].upper()}{setting.network[1:]}; {setting.ranks_per_node} rank(s) on "
-        f"each; {setting.steps} steps, {setting.seeds} seed(s), {setting.rounds} round(s)."
+        f"each; {setting.steps} steps{limit}, {setting.seeds} seed(s), {setting.rounds} round(s)."
     )
     if setting.overrides:
         text += " Set for all: " + ", ".join(f"`{item}`" for item in setting.overrides) + "."
@@ -133,7 +137,8 @@ def _headline(setting: Setting) -> str:
 
 def _legend(rows: Sequence[Row]) -> str:
     text = (
-        "Times are medians over the steps of rank 0, then over the runs; ratios are taken between "
+        "Times are medians over the steps of rank 0 (means, also in ratios, of schemes that send in some steps "
+        "only), then over the runs; ratios are taken between "
         "runs of the same seed and round, as median [lowest..highest]. A step is compute and "
         "exposed: what backward did not hide of communication and compression. Those two themselves "
         "are whole, hidden or not. Bytes are those that one rank or one interface sends; interfaces "

@@ -24,7 +24,7 @@ from launch.netlab.iproute import ip, set_alias, tc
 from launch.netlab.leftovers import SWITCH_SUFFIX, Record, refuse_leftovers, remove_namespace
 from launch.netlab.network import Network
 from launch.netlab.rates import format_rate
-from launch.netlab.shaping import MTU, Impairment, queue_commands
+from launch.netlab.shaping import MTU, Impairment, piece_bytes, queue_commands
 
 MOST_NODES = 100  # addresses 10.77.0.100 to .199
 FIRST_PORT = 29400
@@ -104,9 +104,9 @@ class Namespaces(Network):
     def _add_node(self, node: int) -> None:
         name, port, device = self.host_id(node), f"port{node}", self.interface
         self._add_namespace(name)
+        size = f"mtu {MTU} gso_max_size {piece_bytes(self.rates[node])}"
         ip(
-            f"link add {device} mtu {MTU} netns {name} type veth "
-            f"peer name {port} mtu {MTU} netns {self.switch}"
+            f"link add {device} {size} netns {name} type veth peer name {port} {size} netns {self.switch}"
         )
         ip(f"link set {port} master br0 addrgenmode none", namespace=self.switch)
         ip(f"link set {device} addrgenmode none", namespace=name)  # IPv6 chatter would be counted

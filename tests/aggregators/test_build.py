@@ -14,8 +14,10 @@ from commkit.aggregators import (
     AllGather,
     AllReduce,
     Hierarchical,
+    LowRankQuantized,
     Noop,
     PowerSGD,
+    Robust,
     TernGrad,
     TwoShot,
 )
@@ -110,8 +112,10 @@ EXAMPLES: dict[str, Callable[[], Aggregator]] = {
     "all_gather": lambda: AllGather(TopK()),
     "all_reduce": lambda: AllReduce(Cast()),
     "hierarchical": lambda: Hierarchical(PowerSGD(), ErrorFeedback(), local_size=2),
+    "lowrank_quantized": lambda: LowRankQuantized(4),
     "noop": Noop,
     "powersgd": PowerSGD,
+    "robust": lambda: Robust(NoCompression(), "trimmed_mean", 1),
     "terngrad": TernGrad,
     "two_shot": lambda: TwoShot(Sign(), ErrorFeedback()),
 }
@@ -131,7 +135,7 @@ def test_aggregators_are_what_their_protocol_says(name: str) -> None:
     aggregator.load_state_dict({})
 
 
-@pytest.mark.parametrize("name", ["all_gather", "all_reduce", "noop", "terngrad"])
+@pytest.mark.parametrize("name", ["all_gather", "all_reduce", "noop", "robust", "terngrad"])
 def test_state_for_an_aggregator_without_state_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match="keeps no state but got 1 entries"):
         EXAMPLES[name]().load_state_dict({"shared/w": torch.zeros(3)})

@@ -254,6 +254,7 @@ def test_the_scheme_keeps_policy_and_parts() -> None:
         "feedback": {"name": "none"},
         "policy": flat["policy"],
         "seed": 0,
+        "max_grad_norm": 0.0,
     }
     assert make_reducer({**reducer.spec(), "name": "compose"}).spec() == reducer.spec()
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_trials_run_are_resumed_and_may_fail(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["ran"] == [["dense-sgd", "broken", "missing"], ["fp16"]]
+    assert told["ran"] == [["dense-sgd", "broken", "missing"], ["fp16"], []]
     dense, broken, missing, fp16 = told["rows"]
     assert float(dense["loss"]) > 0
     assert broken["verdict"] == "failed"
@@ -30,7 +31,7 @@ def test_trials_run_are_resumed_and_may_fail(tmp_path: Path) -> None:
     assert missing["verdict"] == "not available"
     assert fp16["x fewer"] == fp16["x fewer late"] == "2"
     assert fp16["verdict"] in ("within 1 %", "misses")
-    assert fp16["note"] == "half the bytes"
+    assert fp16["note"] == "half the bytes; 1 of 3 seeds"
     left = {path.name for path in (tmp_path / "work").iterdir()}
     assert left == {"digits"}
 
@@ -65,6 +66,7 @@ def test_verdict_where_dense_runs_agree() -> None:
 @pytest.mark.usefixtures("trials_package")
 def test_every_recipe_is_one_that_launch_takes() -> None:
     from trials.execute import missing_scheme
+    from trials.local import LOCAL_SYSTEMS
     from trials.plan import table_trials
     from trials.systems import SYSTEMS
 
@@ -72,7 +74,7 @@ def test_every_recipe_is_one_that_launch_takes() -> None:
     from commkit.schemes import make_scheme
     from launch.settings import TrainSettings
 
-    trials = table_trials(SYSTEMS, ())
+    trials = [*table_trials(SYSTEMS, ()), *table_trials(LOCAL_SYSTEMS, ())]
     assert len({trial.name for trial in trials}) == len(trials)
     for trial in trials:
         settings = validate(TrainSettings, trial.recipe(), trial.name)
@@ -94,13 +96,26 @@ def test_only_chooses_and_refuses_what_fits_nothing() -> None:
         table_trials(SYSTEMS, ["gpt/powersdg"])
 
 
-def _done(losses: tuple[float | None, ...]) -> list[object]:
+@pytest.mark.usefixtures("trials_package")
+def test_tuning_takes_the_best_mean_of_the_seeds() -> None:
+    from trials.plan import SEEDS, TUNING_SEEDS
+    from trials.tuning import rows
+
+    assert not set(TUNING_SEEDS) & set(range(SEEDS))
+    tried = {0.1: (2.0, 2.1), 0.2: (1.9, 2.5), 0.4: (1.0, None)}  # the last diverged with one seed
+    table = rows([d for lr, losses in tried.items() for d in _done(losses, lr)])
+    assert [line["best"] for line in table] == ["yes", "", ""]
+    assert [line["validation loss"] for line in table] == [2.05, 2.2, "diverged"]
+    assert table[1]["of each seed"] == "1.9000 2.5000"
+
+
+def _done(losses: tuple[float | None, ...], lr: float | None = None) -> list[Any]:
     from trials.plan import Trial
     from trials.systems import System
     from trials.table import Done
 
     system = System("x", {"name": "ddp"}, "adamw")
     return [
-        Done(Trial("gpt", system, ranks=2, seed=seed), {"status": "finished", "val_loss": loss})
+        Done(Trial("gpt", system, 2, seed, lr), {"status": "finished", "val_loss": loss})
         for seed, loss in enumerate(losses)
     ]

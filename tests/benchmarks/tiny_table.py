@@ -1,4 +1,5 @@
-"""Makes a tiny convergence table twice, the second time of what the first has left: ``tiny_table.py WORK``.
+"""Makes a tiny convergence table three times, the second time of what the first has left, the third of what the
+table of the second has: ``tiny_table.py WORK``.
 
 Prints as JSON how many trials were run each time, and the rows.
 """
@@ -34,6 +35,12 @@ def main(work: Path) -> None:
     for trials in (first, second):
         counts.append([])
         done += convergence.run_all(trials, work, deadline_s=60.0)
+    table = work / "table.json"
+    table.write_text(json.dumps({"trials": convergence.kept(done[3:])}))
+    counts.append([])
+    again = convergence.run_all(second, work / "another", 60.0, table)
+    assert tables(again) == tables(done[3:])
+    table.unlink()
     print(json.dumps({"ran": counts, "rows": tables([*done[:3], done[4]])["digits, 2 ranks"]}))
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from launch.compare.analyse import Spread, compare
@@ -46,6 +48,21 @@ def test_first_steps_are_not_in_the_median(tmp_path):
     path = outcome.trial.directory / "metrics.jsonl"
     path.write_text(path.read_text().replace('"step_seconds": 1.0', '"step_seconds": 9.0', 1))
     assert read_figures(outcome.trial.directory).step_seconds == 1.0
+
+
+def test_what_sends_in_rounds_is_compared_by_means(tmp_path):
+    """No median step would show what every fourth one costs."""
+    bound = finished(tmp_path, "noop", step_seconds=1.0, wire_bytes=0, steps=8)
+    rounds = finished(tmp_path, "rounds", step_seconds=1.0, wire_bytes=0, steps=8)
+    path = rounds.trial.directory / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records[3::4]:
+        record |= {"step_seconds": 5.0, "wire_bytes": 100}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    row = rows_of([bound, rounds])["rounds"]
+    steady = [record["step_seconds"] for record in records[1:]]
+    assert row.middle("step_seconds") == pytest.approx(sum(steady) / len(steady))
+    assert row.to_noop.median == pytest.approx(sum(steady) / len(steady))
 
 
 def test_a_failing_run_is_reported_and_the_others_count(tmp_path):

@@ -66,3 +66,11 @@ def test_bad_settings_are_found_before_anything_runs(tmp_path):
     plan.check(trials, 10, ["model.width=32"])
     with pytest.raises(ConfigError, match=r"ddp\.yaml: model\.wdith: unknown field.*'width'"):
         plan.check(trials, 10, ["model.wdith=32"])
+
+
+def test_a_limit_of_time_is_a_setting_of_every_run():
+    assert plan.limits(None) == ()
+    trials = plan.order(plan.choose([], []), 1, 1, Path("out"))
+    plan.check(trials, 5, plan.limits(90))
+    with pytest.raises(ConfigError, match="max_seconds"):
+        plan.check(trials, 5, plan.limits(-1))

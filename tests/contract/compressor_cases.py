@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from commkit import registry
-from commkit.compressors import QSGD
+from commkit.compressors import E3M0, QSGD
 from commkit.types import Compressor, TensorCtx
 
 Bound = Callable[[torch.Tensor], float]
@@ -113,6 +113,16 @@ _CASES = [
         {"block_size": 100, "rounding": "nearest"},
         error=1.008 * 0.45 / 64,
         contraction=_kept(0),
+    ),
+    # half of the widest gap, between 1/2 and 1
+    CompressorCase("e3m0", error=0.2501, contraction=_kept(0)),
+    CompressorCase(
+        "e3m0",
+        {"block_size": 64, "rounding": "stochastic"},
+        salted=True,
+        unbiased=True,
+        error=0.5001,
+        contraction=lambda x: E3M0(64, "stochastic").variance_bound,
     ),
     CompressorCase("natural", salted=True, unbiased=True, error=1.0, contraction=lambda x: 1 / 8),
     CompressorCase("vote", magnitudes=False),

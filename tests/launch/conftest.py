@@ -69,7 +69,7 @@ class Launcher:
         self._started.append(process)
         return process
 
-    def finish(self, process: "subprocess.Popen[str]", timeout_s: float = 40) -> str:
+    def finish(self, process: "subprocess.Popen[str]", timeout_s: float = 90) -> str:
         """Wait for the end and return all output."""
         output, _ = process.communicate(timeout=timeout_s)
         return output

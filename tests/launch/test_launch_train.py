@@ -14,6 +14,8 @@ from launch.train import Arguments, SetupError, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+# A server or coordinator needs others, so they are tested on their own.
+WITH_ROLES = {"async_local_sgd", "backup", "dbw", "gradient_coding", "m_sgc", "sr_sgc"}
 STEPS = 12
 # Steps of about a tenth of a second, long enough to be killed between two of them.
 SETTINGS = {
@@ -119,6 +121,28 @@ def test_where_a_run_stops_does_not_change_its_steps(launcher, tmp_path):
     assert all(record["wire_bytes"] == 0 for record in read_records(whole / "metrics.jsonl"))
 
 
+def test_time_that_is_up_ends_the_run_on_all_ranks(launcher, tmp_path, unbroken):
+    launcher.run("powersgd", tmp_path, "--steps", STEPS, **SETTINGS, max_seconds="1e-9")
+    assert summary_of(tmp_path)["steps"] == 1
+    launcher.run("powersgd", tmp_path, "--steps", STEPS, "--resume", **SETTINGS)
+    assert losses(tmp_path) == losses(unbroken)
+
+
+def test_local_updates_resume_inside_a_round(launcher, tmp_path):
+    """Replicas differ then: each continues with its own weights, on its own data."""
+    settings = {"scheme__sync_every": "4", "scheme__options": "{warmup_steps: 2}"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launcher.run("diloco", whole, "--steps", 9, **settings)
+    launcher.run("diloco", parts, "--steps", 5, **settings)
+    launcher.run("diloco", parts, "--steps", 9, "--resume", **settings)
+    assert losses(parts) == losses(whole)
+    wire = [record["wire_bytes"] for record in read_records(whole / "metrics.jsonl")]
+    dense, compressed = wire[0], wire[5]
+    assert wire == [dense, dense, 0, 0, 0, compressed, 0, 0, 0]
+    assert compressed < dense / 3.5
+    assert summary_of(parts)["val_loss"] == summary_of(whole)["val_loss"]
+
+
 def test_resuming_a_finished_run_ends_well(launcher, unbroken):
     before = losses(unbroken)
     output = launcher.run("powersgd", unbroken, "--steps", STEPS - 2, "--resume", **SETTINGS)
@@ -210,6 +234,6 @@ def test_every_recipe_trains(launcher, tmp_path):
     process = launcher.spawn([*program, "--steps", "5", *launcher.settings()], ranks=1)
     output = launcher.finish(process, timeout_s=240)
     assert process.returncode == 0, output
-    assert {path.name for path in tmp_path.iterdir()} == RECIPES
+    assert {path.name for path in tmp_path.iterdir()} == RECIPES - WITH_ROLES
     for out in tmp_path.iterdir():
         assert len(losses(out)) == 5

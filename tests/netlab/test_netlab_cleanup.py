@@ -23,7 +23,8 @@ with Lab(2, "100mbit", name=sys.argv[1]) as lab:
     stubborn = "trap '' TERM; echo $$; while true; do sleep 0.1; done"
     process = lab.popen(1, ["bash", "-c", stubborn], stdout=subprocess.PIPE, text=True)
     print(process.stdout.readline().strip(), flush=True)
-    time.sleep(60)
+    for _ in range(600):  # a signal that comes just before a sleep waits for its end
+        time.sleep(0.1)
 """
 
 
@@ -63,7 +64,7 @@ def test_normal_exit(make_lab, lab_name):
         assert len(namespaces(lab_name)) == 4
         sleeper = lab.popen(1, ["sleep", "60"])
     assert namespaces(lab_name) == []
-    assert sleeper.wait(timeout=5) == -signal.SIGTERM
+    assert sleeper.wait(timeout=60) == -signal.SIGTERM
     assert [signal.getsignal(signum) for signum in ENDING] == before
     lab.close()  # once more does nothing
 
@@ -89,7 +90,7 @@ def test_failure_while_building(make_lab, lab_name, monkeypatch):
 def test_signals(owner, lab_name, signum):
     process, inner = owner
     process.send_signal(signum)
-    status = process.wait(timeout=15)
+    status = process.wait(timeout=60)
     assert status == (-signum if signum == signal.SIGINT else 128 + signum)
     assert namespaces(lab_name) == []
     assert not running(inner)
@@ -101,7 +102,7 @@ def test_signals_during_clean_up_wait_for_its_end(owner, lab_name):
     for _ in range(5):  # clean-up takes 3 s here, for the command ignores TERM
         threading.Event().wait(0.2)
         process.send_signal(signal.SIGINT)
-    process.wait(timeout=15)
+    process.wait(timeout=60)
     assert namespaces(lab_name) == []
     assert not running(inner)
 
@@ -177,7 +178,7 @@ def test_a_thread_can_own_a_lab(make_lab, lab_name):
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(timeout=15)
+    thread.join(timeout=60)
     assert len(seen) == 2
     assert namespaces(lab_name) == []
 

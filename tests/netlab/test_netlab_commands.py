@@ -113,7 +113,7 @@ def test_command_line_after_ctrl_c(lab_name):
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert "2 nodes" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=15)
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 130
     assert message == "interrupted; the lab has been removed\n"
     assert namespaces(lab_name) == []

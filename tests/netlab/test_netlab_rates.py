@@ -1,7 +1,7 @@
 import pytest
 
 from launch.netlab.rates import format_rate, parse_link, parse_rate, parse_share, parse_time
-from launch.netlab.shaping import Impairment, queue_commands
+from launch.netlab.shaping import MTU, Impairment, burst_bytes, piece_bytes, queue_commands
 
 
 @pytest.mark.parametrize(
@@ -59,16 +59,24 @@ def test_jitter_needs_a_delay_that_is_longer():
         Impairment.parse("1ms", "2ms", None)
 
 
-def test_nothing_is_sent_faster_than_the_rate_for_longer_than_two_milliseconds():
+def test_nothing_is_sent_faster_than_the_rate_for_longer_than_three_milliseconds():
     (words,) = queue_commands("lab0", 100_000_000)
     assert words == (
-        "qdisc add dev lab0 root handle 1: tbf rate 100000000bit burst 25000b limit 1275000b"
+        "qdisc add dev lab0 root handle 1: tbf rate 100000000bit burst 37500b limit 1287500b"
     )
 
 
 def test_at_low_rates_a_packet_still_fits():
     (words,) = queue_commands("lab0", 50_000)
     assert "burst 2048b" in words
+
+
+@pytest.mark.parametrize("rate", [50_000, 10**6, 10**7, 5 * 10**7, 10**8, 10**9, 10**11])
+def test_pieces_of_a_stream_fit_the_burst_with_their_headers(rate):
+    piece = piece_bytes(rate)
+    packets = -(-piece // (MTU - 52))
+    assert piece + 66 * packets <= burst_bytes(rate)
+    assert MTU <= piece <= 65536
 
 
 def test_netem_goes_inside_the_token_bucket():

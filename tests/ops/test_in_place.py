@@ -50,6 +50,28 @@ def test_a_negative_scale_subtracts_bit_for_bit() -> None:
     assert torch.equal(out, XS[0] - ops.unpack_signs(BITS[1], N, torch.float32) * SCALES[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_e3m0_is_added_up(dtype: torch.dtype) -> None:
+    codes, scales = zip(*(ops.quantize_e3m0(x, BLOCK, False, 0) for x in XS), strict=True)
+    total = sum(
+        ops.dequantize_e3m0(c, s, N, BLOCK).to(dtype) / 3
+        for c, s in zip(codes, scales, strict=True)
+    )
+    out = torch.full((N,), torch.nan, dtype=dtype)
+    ops.write_e3m0_(out, codes, scales, BLOCK, 3)
+    assert torch.equal(out, total)
+    ops.accumulate_e3m0_(out, codes, scales, BLOCK, 3)
+    assert torch.equal(out, total + total)
+
+
+def test_ternary_codes_are_blocks_of_two_bits() -> None:
+    codes = [ops.ternarize(x, x.abs().amax(), 1) for x in XS]
+    sizes = [x.abs().amax().view(1) for x in XS]
+    out = torch.full((N,), torch.nan)
+    ops.write_blocks_(out, [ops.pack_ternary(c) for c in codes], sizes, 2, N, 1)
+    assert torch.equal(out, sum(c * s for c, s in zip(codes, sizes, strict=True)))
+
+
 SIGNS: dict[str, Any] = {"out": XS[0], "bits": BITS, "scales": SCALES}
 BLOCKS: dict[str, Any] = {
     "out": XS[0],
@@ -73,6 +95,7 @@ WRONG = [
     (BLOCKS, {"bits": 5}, ValueError, "bits=5"),
     (BLOCKS, {"block_size": 0}, ValueError, "block_size=0"),
     (BLOCKS, {"divisor": 0}, ValueError, "divisor=0"),
+    (BLOCKS, {"codes": [c.to("meta") for c in CODES]}, ValueError, r"codes\[0\] is on meta"),
 ]
 
 

@@ -65,6 +65,67 @@ def blocks(n: int, bits: int, count: int) -> tuple[list[torch.Tensor], list[torc
     return [q[0] for q in quantized], [q[1] for q in quantized]
 
 
+def e3m0(n: int, count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    quantized = [reference.quantize_e3m0(finite(n) * (r + 1), BLOCK, True, r) for r in range(count)]
+    return [q[0] for q in quantized], [q[1] for q in quantized]
+
+
+def ternary(n: int, block_size: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    packed = [reference.pack_ternary(codes(n + r, 1)[r:]) for r in range(3)]
+    blocks = -(-n // block_size)
+    return packed, [finite(blocks + r)[r:] for r in range(3)]
+
+
+def momenta(n: int, dtype: torch.dtype, has_u: bool, has_v: bool) -> tuple[Any, Any, Any]:
+    work = torch.promote_types(dtype, torch.float32)
+    u, v = finite(n, work) * 2, finite(n, work).flip(0)
+    return finite(n, dtype), u if has_u else None, v if has_v else None
+
+
+def corrected(
+    n: int, dtype: torch.dtype, before: tuple[bool, bool], nesterov: bool, at: int = 1
+) -> Callable[[Any], tuple[torch.Tensor, ...]]:
+    """Momentum correction with the velocity or the unsent there or not."""
+    moments = momenta(n, dtype, *before)
+
+    def call(module: Any) -> tuple[torch.Tensor, ...]:
+        work = torch.promote_types(dtype, torch.float32)
+        u, v = (torch.empty(n + at, dtype=work)[at:].fill_(torch.nan) for _ in range(2))
+        module.correct_momentum_(u, v, *moments, 0.9, nesterov)
+        return u, v
+
+    return call
+
+
+def stepped(
+    n: int,
+    dtype: torch.dtype,
+    share: float,
+    before: tuple[bool, bool] = (True, True),
+    nesterov: bool = False,
+    masking: bool = True,
+    negligible: float = 0.0,
+    at: int = 1,
+) -> Callable[[Any], tuple[torch.Tensor, ...]]:
+    """A step of DGC that sends a share of everything."""
+    moments, k = momenta(n, dtype, *before), min(n, max(1, int(share * n)))
+
+    def call(module: Any) -> tuple[torch.Tensor, ...]:
+        work = torch.promote_types(dtype, torch.float32)
+        u, v = (torch.empty(n + at, dtype=work)[at:].fill_(torch.nan) for _ in range(2))
+        found = module.dgc_step_(u, v, *moments, 0.9, nesterov, masking, negligible, k, n)
+        return u, v, *found
+
+    return call
+
+
+def adam(module: Any, n: int) -> tuple[torch.Tensor, ...]:
+    p, m, momentum, d = finite(n), torch.empty(n), finite(n).flip(0), finite(n).abs() + 0.1
+    d[::3] = torch.inf
+    module.frozen_adam_(p, m, momentum, d, 0.999, 1e-3)
+    return p, m
+
+
 def in_place(name: str, n: int, *arguments: Any) -> Callable[[Any], torch.Tensor]:
     """Calls an in-place operator of a module on a fresh unaligned tensor and returns that."""
 
@@ -132,7 +193,79 @@ EXACT: dict[str, Callable[[int], Callable[[Any], Result]]] = {
         lambda m: m.unpack_ternary(reference.pack_ternary(codes(n, 1)), n, torch.float32)
     ),
     "pack_nibbles": lambda n: lambda m: m.pack_nibbles(codes(n, 7)),
-    "select_at_least": lambda n: lambda m: m.select_at_least(values(n), torch.tensor(1.5)),
+    "unpack_nibbles": lambda n: (
+        lambda m: m.unpack_nibbles(reference.pack_nibbles(codes(n, 7)), n, torch.float32)
+    ),
+    **{
+        f"quantize_e3m0 {stochastic} {dtype}": lambda n, s=stochastic, d=dtype: (
+            lambda m: m.quantize_e3m0(finite(n, d), BLOCK, s, 5)
+        )
+        for stochastic in (False, True)
+        for dtype in DTYPES
+    },
+    "dequantize_e3m0": lambda n: (
+        lambda m: m.dequantize_e3m0(*(part[0] for part in e3m0(n, 1)), n, BLOCK)
+    ),
+    **{
+        f"{name} {count}": lambda n, a=name, c=count: in_place(a, n, *e3m0(n, c), BLOCK, c)
+        for name in ("write_e3m0_", "accumulate_e3m0_")
+        for count in (1, 3)
+    },
+    **{
+        f"{name} of ternary {size}": lambda n, a=name, b=size: in_place(
+            a, n, *ternary(n, min(b, max(n, 1))), 2, min(b, max(n, 1)), 3
+        )
+        for name in ("write_blocks_", "accumulate_blocks_")
+        for size in (BLOCK, 2**40)
+    },
+    **{
+        f"sample_threshold {dtype}": lambda n, d=dtype: (
+            lambda m: m.sample_threshold(finite(n + 1, d), n // 100 + 1, 77)
+        )
+        for dtype in DTYPES
+    },
+    **{
+        f"largest_of_rows {k} {dtype}": lambda n, k=k, d=dtype: (
+            lambda m: m.largest_of_rows(values(n, d).view(1, -1), min(k, n))
+        )
+        for k in (1, 32, 10**9)
+        for dtype in DTYPES
+    },
+    "largest_of_rows of many": lambda n: (
+        lambda m: m.largest_of_rows(values(5 * n).view(5, n), n // 40)
+    ),
+    **{
+        f"correct_momentum_ {has_u} {has_v} {nesterov} {dtype}": (
+            lambda n, u=has_u, v=has_v, a=nesterov, d=dtype: corrected(n, d, (u, v), a)
+        )
+        for has_u in (False, True)
+        for has_v in (False, True)
+        for nesterov in (False, True)
+        for dtype in DTYPES
+    },
+    **{
+        f"dgc_step_ {share} {dtype}": lambda n, s=share, d=dtype: stepped(n, d, s)
+        for share in (0.01, 0.3)
+        for dtype in DTYPES
+    },
+    **{
+        f"dgc_step_ {has_u} {has_v} {nesterov}": (
+            lambda n, u=has_u, v=has_v, a=nesterov: stepped(n, torch.float32, 0.02, (u, v), a)
+        )
+        for has_u in (False, True)
+        for has_v in (False, True)
+        for nesterov in (False, True)
+    },
+    "dgc_step_ of all": lambda n: stepped(n, torch.float32, 1.0, (False, False)),
+    "dgc_step_ without masking": lambda n: stepped(n, torch.float32, 0.02, masking=False),
+    "dgc_step_ of little": lambda n: stepped(n, torch.float32, 0.5, negligible=0.25),
+    "frozen_adam_": lambda n: lambda m: adam(m, n),
+    **{
+        f"select_at_least {dtype}": lambda n, d=dtype: (
+            lambda m: m.select_at_least(values(n, d), torch.tensor(1.5))
+        )
+        for dtype in DTYPES
+    },
     "select_at_least of all": lambda n: lambda m: m.select_at_least(finite(n), torch.tensor(0.0)),
     "scatter_accumulate_": lambda n: in_place(
         "scatter_accumulate_", n, indices_of(n), finite(-(-n // 3))

@@ -67,9 +67,54 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         ]
         for name in ("write_blocks_", "accumulate_blocks_")
     },
+    "quantize_e3m0": [(FLOATS, 64, stochastic, 5) for stochastic in (False, True)]
+    + [(FLOATS[:0], 64, False, 0), (FLOATS[:7].half(), 64, True, 0), (FLOATS.double(), 3, True, 0)],
+    "dequantize_e3m0": [(*ops.quantize_e3m0(FLOATS, 64, False, 0), 1000, 64)],
+    **{
+        name: [
+            (torch.ones(1000, dtype=dtype), *([part] * 2 for part in quantized), 64, 3)
+            for dtype in (torch.float32, torch.float64)
+            for quantized in [ops.quantize_e3m0(FLOATS, 64, False, 0)]
+        ]
+        for name in ("write_e3m0_", "accumulate_e3m0_")
+    },
     "select_at_least": [(FLOATS, torch.tensor(1.5)), (FLOATS[:0], torch.tensor(0.0))],
     "sample_threshold": [(FLOATS, 10, 7)],
+    "largest_of_rows": [
+        (FLOATS.view(10, 100), 7),
+        (FLOATS.view(10, 100).double(), 100),
+        (FLOATS.view(1, 1000).half(), 1),
+        (FLOATS[:0].view(0, 5), 2),
+        (FLOATS.view(10, 100), 0),
+    ],
     "stratified_indices": [(1000, 10, 7, CPU), (0, 0, 7, CPU)],
+    **{
+        name: [
+            (*after, FLOATS.to(g), *before, 0.9, nesterov, *rest)
+            for g, work in ((torch.float32,) * 2, (torch.half, torch.float32), (torch.double,) * 2)
+            for after in [[torch.zeros(1000, dtype=work), torch.ones(1000, dtype=work)]]
+            for both in [[FLOATS.to(work) * 2, FLOATS.to(work) * 3]]
+            for before, nesterov in ((both, False), (both, True), ([None, both[1]], True))
+        ]
+        for name, rest in (("correct_momentum_", ()), ("dgc_step_", (True, 0.0, 7, 5)))
+    },
+    "combine_tiles_": [
+        (
+            torch.ones(2 * 6, dtype=dtype),
+            [torch.tensor([[0, 3], [5, 1]], dtype=torch.int16)] * 2,
+            [FLOATS[:4].view(2, 2).to(dtype), FLOATS[4:8].view(2, 2).to(dtype)],
+            torch.eye(2, dtype=dtype),
+            torch.eye(3, dtype=dtype),
+            2,
+            subtract,
+        )
+        for dtype in (torch.float32, torch.float64)
+        for subtract in (False, True)
+    ],
+    "frozen_adam_": [
+        (*(torch.ones(1000, dtype=d) for _ in range(4)), 0.99, 0.1)
+        for d in (torch.float, torch.double)
+    ],
     "scatter_accumulate_": [(torch.zeros(10), torch.tensor([1, 5], dtype=torch.int32), FLOATS[:2])],
 }
 

@@ -86,3 +86,42 @@ def test_scatter_accumulate_adds_in_place(index_dtype, value_dtype) -> None:
     assert out.tolist() == [2.0, 1.0, 2.0, 3.0, 4.5, 5.0]
     ops.scatter_accumulate_(out, indices[:0], torch.empty(0, dtype=value_dtype))
     assert out.tolist() == [2.0, 1.0, 2.0, 3.0, 4.5, 5.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (3, 7), (5, 64), (2, 4096), (1, 20_000)])
+def test_the_largest_of_each_row_in_rising_order(rows: int, n: int, dtype: torch.dtype) -> None:
+    x = gaussian(rows * n).view(rows, n).to(dtype)  # bfloat16 has many equal ones
+    for k in sorted({1, min(n, 32), n // 2, n}):
+        found = ops.largest_of_rows(x, k)
+        assert found.dtype == torch.int64
+        for row, places in zip(x, found.tolist(), strict=True):
+            order = sorted(range(n), key=lambda i: (-abs(float(row[i])), i))
+            assert places == sorted(order[:k])
+
+
+def test_nan_is_above_all_and_the_first_of_equals_are_taken() -> None:
+    inf, nan = torch.inf, torch.nan
+    x = torch.tensor([[0.0, nan, 1.0, -inf, inf, nan], [2.0, -2.0, 2.0, 1.0, -2.0, 0.0]])
+    assert ops.largest_of_rows(x, 3).tolist() == [[1, 3, 5], [0, 1, 2]]
+    assert ops.largest_of_rows(x, 1).tolist() == [[1], [0]]
+    assert ops.largest_of_rows(torch.zeros(2, 5000), 2).tolist() == [[0, 1], [0, 1]]
+
+
+def test_what_is_not_a_number_is_always_selected() -> None:
+    x = torch.tensor([1.0, torch.nan, -3.0, torch.inf])
+    assert ops.select_at_least(x, torch.tensor(2.0)).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("x", "k", "error", "words"),
+    [
+        (torch.ones(3), 1, ValueError, r"x has shape \(3,\) and must be 2-D"),
+        (torch.ones(3, 3).long(), 1, TypeError, "x is of torch.int64"),
+        (torch.ones(3, 4), 5, ValueError, "k=5 must be from 0 to the 4"),
+        (torch.ones(3, 4), -1, ValueError, "k=-1"),
+    ],
+)
+def test_what_has_no_such_rows_is_refused(x, k: int, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        ops.largest_of_rows(x, k)

@@ -1,0 +1,197 @@
+"""Wall clock to a loss although workers straggle: every scheme with a coordinator, on both transports.
+
+A coordinator and eight workers, real processes on one machine, train a small network. Computing takes milliseconds; a
+worker then sleeps as a recorded-style trace says: a latency, and a time in proportion to the data it was given, so
+that redundancy costs what it would. Traces: "none"; "two": in each round two workers chosen at random are slow, with a heavy
+tail; "one": besides, one worker is always five times slower. All arms meet the same trace, one after the other.
+
+Sequential schemes train T + 1 models in turn, as in their paper; their time is per model: until all are below the
+target, divided by T + 1. ``--transport mpi`` starts the ranks with mpirun.
+
+    python benchmarks/stragglers.py [--transport torch|mpi] [--trace two|one] [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from harness import ROOT, run_ranks, values
+from report import Result, Target, main
+from trials.stragglers import WORKERS, Arm, Curve, run
+
+from commkit.straggler import Backup, Coding, DynamicBackup, Multiplexed, SelectiveRepetition
+from commkit.transport import MPINetwork, TorchNetwork
+
+TARGET_LOSS = 0.36
+LIMIT_S = 60.0  # of one arm
+RANKS = WORKERS + 1
+STATIC = range(4, WORKERS + 1)
+MU = 0.2  # well above the jitter: whoever is that late is slow
+PAIR = {"burst": 1, "rounds": 4, "stragglers": 8}
+MODELS = {"interleave": "models"}
+
+
+def arms(trace: str) -> dict[str, Arm]:
+    """By name. The first two meet no stragglers."""
+    listed = [
+        Arm("all, no stragglers", Backup(0), "none"),
+        Arm("coding s=1, no stragglers", Coding(1), "none"),
+        Arm("coding s=2, no stragglers", Coding(2), "none"),
+        *(Arm(f"first {k}", Backup(k=k), trace) for k in STATIC),
+        Arm("DBW", DynamicBackup(), trace),
+        Arm("coding s=1", Coding(1), trace),
+        Arm("coding s=2", Coding(2), trace),
+        Arm("SR-SGC", SelectiveRepetition(**PAIR, mu=MU), trace, MODELS, models=2),
+        Arm("M-SGC", Multiplexed(2, 3, 8, mu=MU), trace, MODELS, models=4),
+        Arm("M-SGC, one model", Multiplexed(2, 3, 8, mu=MU), trace),
+        Arm("M-SGC, one model, braking", Multiplexed(2, 3, 8, mu=MU), trace, braking=1.0),
+    ]
+    return {arm.name: arm for arm in listed}
+
+
+def over_torch(rank: int, world_size: int, names: list[str], trace: str, limit_s: float) -> Any:
+    return all_arms(TorchNetwork(), names, trace, limit_s)
+
+
+def all_arms(network: Any, names: list[str], trace: str, limit_s: float) -> list[Curve | None]:
+    """Every arm in turn, on the same processes."""
+    known, curves = arms(trace), []
+    for name in names:
+        curves.append(run(known[name], network, TARGET_LOSS, limit_s))
+        if network.rank == 0:
+            curve = curves[-1]
+            print(f"{name}: {len(curve.rounds)} steps, {curve.seconds[-1]:.1f} s", flush=True)
+    return curves
+
+
+def measure_torch(names: list[str], trace: str, limit_s: float) -> list[Curve]:
+    outcomes = run_ranks(
+        over_torch,
+        names,
+        trace,
+        limit_s,
+        deadline_s=(limit_s + 30) * len(names),
+        world_size=RANKS,
+        preload=("torch", "commkit.schemes", "trials.stragglers"),
+    )
+    curves: list[Curve] = values(outcomes)[0]
+    return curves
+
+
+def measure_mpi(names: list[str], trace: str, limit_s: float) -> list[Curve]:
+    """Ranks are this program once more."""
+    beside = Path(sys.executable).with_name("mpirun")
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        raise SystemExit("mpirun is not installed; pip install 'commkit[mpi]'")
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder, "task")
+        task.write_text(json.dumps([names, trace, limit_s]))
+        words = [mpirun, "-n", str(RANKS), "--map-by", f"ppr:{RANKS}:node:oversubscribe"]
+        words += ["--bind-to", "none", sys.executable, __file__, "--rank-of", folder]
+        allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        environment = {**os.environ, **allowed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run(words, check=True, env=environment, timeout=(limit_s + 30) * len(names))
+        curves: list[Curve] = pickle.loads(Path(folder, "curves").read_bytes())
+        return curves
+
+
+def be_a_rank(folder: str) -> None:
+    names, trace, limit_s = json.loads(Path(folder, "task").read_text())
+    network = MPINetwork()
+    curves = all_arms(network, names, trace, limit_s)
+    if network.rank == 0:
+        Path(folder, "curves").write_bytes(pickle.dumps(curves))
+
+
+def measure(options: argparse.Namespace) -> Result:
+    named = arms(options.trace)
+    names = options.only or list(named)
+    limit_s = 3.0 if options.quick else LIMIT_S
+    measure_on = measure_mpi if options.transport == "mpi" else measure_torch
+    curves = dict(zip(names, measure_on(names, options.trace, limit_s), strict=True))
+    settings = {
+        "transport": options.transport,
+        "trace": options.trace,
+        "workers": WORKERS,
+        "target_loss": TARGET_LOSS,
+    }
+    result = Result("stragglers", settings)
+    result.tables["wall clock to the target loss"] = [
+        row(name, named[name], curve) for name, curve in curves.items()
+    ]
+    if not options.quick and not options.only:
+        judge(result, {name: seconds(named[name], curve) for name, curve in curves.items()}, curves)
+    return result
+
+
+def seconds(arm: Arm, curve: Curve) -> float:
+    """To the target, per model."""
+    return curve.reaches(TARGET_LOSS) / arm.models
+
+
+def row(name: str, arm: Arm, curve: Curve) -> dict[str, Any]:
+    return {
+        "arm": name,
+        "seconds": round(seconds(arm, curve), 2),
+        "steps": len(curve.losses),
+        "s/step median": round(median(curve.rounds), 4),
+        "mean": round(fmean(curve.rounds), 4),
+        "gradients from": round(fmean(curve.contributors), 2),
+        "late": round(fmean(curve.late), 2),
+        "skipped": curve.skipped,
+        "final loss": round(curve.losses[-1], 4),
+    }
+
+
+def judge(result: Result, took: dict[str, float], curves: dict[str, Curve]) -> None:
+    static = [took[f"first {k}"] for k in STATIC]
+    step = {name: fmean(curve.rounds) for name, curve in curves.items()}
+    result.targets += [
+        Target.at_most("DBW / best static k", 1.10, took["DBW"] / min(static)),
+        Target.at_most("DBW / worst static k", 0.67, took["DBW"] / max(static)),
+        *(
+            Target.at_most(
+                f"coding s={s}: s/step, with / without stragglers",
+                1.2,
+                step[f"coding s={s}"] / step[f"coding s={s}, no stragglers"],
+            )
+            for s in (1, 2)
+        ),
+        Target.at_most(
+            "M-SGC / the better coding",
+            1.0,
+            took["M-SGC"] / min(took["coding s=1"], took["coding s=2"]),
+        ),
+    ]
+    base = step["all, no stragglers"]
+    times = ", ".join(
+        f"{name} {step[name] / base:.2f}"
+        for name in (f"first {WORKERS}", "coding s=1", "coding s=2", "SR-SGC", "M-SGC")
+    )
+    result.notes.append(
+        f"a step of all workers takes {base:.3f} s without stragglers; with them, so many times that: {times}"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--transport", choices=["torch", "mpi"], default="torch")
+    parser.add_argument("--trace", choices=["two", "one"], default="two")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="of the arms, these")
+
+
+if __name__ == "__main__":
+    if "--rank-of" in sys.argv:
+        be_a_rank(sys.argv[-1])
+    else:
+        main(__doc__, measure, add_options)

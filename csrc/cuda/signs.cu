@@ -1,0 +1,153 @@
+// One bit per element.
+#include "tile.h"
+
+using namespace commkit;
+
+namespace {
+
+struct Rows {
+  const uint8_t *bits[kMaxRows];
+};
+
+template <bool kWhole, class T>
+GPU_INLINE double encode_tile(const T *x, int64_t n, int64_t tile, uint8_t *bits) {
+  Tile v;
+  load_tile<kWhole>(x, n, tile, v);
+  uint32_t nibbles[kQuads];
+  double sum = 0;
+#pragma unroll
+  for (int u = 0; u < kQuads; ++u) {
+    nibbles[u] = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const bool inside = kWhole || quad_begin(tile, u) + k < n;
+      nibbles[u] |= static_cast<uint32_t>(inside && v[u][k] >= 0) << k;
+      sum += static_cast<double>(fabsf(v[u][k]));
+    }
+  }
+  const uint32_t word = gather_word(nibbles);
+  const int64_t at = tile / 8 + 4 * lane_id();
+  if (kWhole)
+    *reinterpret_cast<uint32_t *>(bits + at) = word;
+  else
+    store_bytes<4>(bits + at, word, (n + 7) / 8 - at);
+  return sum;
+}
+
+// Partial sums belong to blocks of a fixed size, and are added in a fixed order.
+template <bool kSum, class T>
+__global__ void encode(const T *x, int64_t n, uint8_t *bits, bool vectors, double *sums) {
+  __shared__ double warps[kWarps];
+  const int64_t tile = tile_begin();
+  double sum = 0;
+  if (vectors && tile + kTile <= n)
+    sum = encode_tile<true>(x, n, tile, bits);
+  else if (tile < n)
+    sum = encode_tile<false>(x, n, tile, bits);
+  if (!kSum)
+    return;
+  sum = warp_sum(sum);
+  if (lane_id() == 0)
+    warps[warp_id()] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double total = 0;
+    for (int w = 0; w < kWarps; ++w)
+      total += warps[w];
+    sums[block_id()] = total;
+  }
+}
+
+constexpr int kFinish = 1024;
+
+__global__ void finish_mean(const double *sums, int64_t count, int64_t n, float *mean) {
+  __shared__ double warps[kFinish / kWarp];
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kFinish)
+    sum += sums[i];
+  sum = warp_sum(sum);
+  if (lane_id() == 0)
+    warps[warp_id()] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double total = 0;
+    for (int w = 0; w < kFinish / kWarp; ++w)
+      total += warps[w];
+    *mean = static_cast<float>(total / static_cast<double>(n > 0 ? n : 1));
+  }
+}
+
+template <bool kWhole>
+GPU_INLINE void sum_tile(float *out, int64_t n, int64_t tile, const Rows &rows, const float *scales,
+                         int count, bool accumulate) {
+  Tile sum;
+#pragma unroll
+  for (int u = 0; u < kQuads; ++u)
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      sum[u][k] = -0.0f; // what changes nothing, not even a zero's sign
+  const int64_t at = tile / 8 + 4 * lane_id();
+#pragma unroll 4
+  for (int r = 0; r < count; ++r) {
+    const uint8_t *row = rows.bits[r] + at;
+    const uint32_t word =
+        kWhole ? *reinterpret_cast<const uint32_t *>(row) : load_bytes<4>(row, (n + 7) / 8 - at);
+    const uint32_t minus = loops::bits_of(-scales[r]);
+#pragma unroll
+    for (int u = 0; u < kQuads; ++u) {
+      const uint32_t nibble = spread_word(word, u);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        sum[u][k] += loops::float_of(minus ^ (nibble >> k << 31));
+    }
+  }
+  store_tile<kWhole>(out, n, tile, sum, accumulate);
+}
+
+__global__ void sum(float *out, int64_t n, Rows rows, const float *scales, int count,
+                    bool accumulate, bool vectors) {
+  const int64_t tile = tile_begin();
+  if (vectors && tile + kTile <= n)
+    sum_tile<true>(out, n, tile, rows, scales, count, accumulate);
+  else if (tile < n)
+    sum_tile<false>(out, n, tile, rows, scales, count, accumulate);
+}
+
+} // namespace
+
+int64_t ck_cuda_encode_signs_workspace(int64_t n) {
+  return blocks_for(n) * static_cast<int64_t>(sizeof(double));
+}
+
+int ck_cuda_encode_signs(const void *x, int dtype, int64_t n, uint8_t *bits, float *mean,
+                         void *workspace, void *stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const auto sums = static_cast<double *>(workspace);
+  const int64_t blocks = blocks_for(n);
+  if (blocks) {
+    const int code = with_dtype(x, dtype, [&](auto from) -> int {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+      const bool vectors = is_aligned<4>(from) && is_aligned<4>(bits);
+      if (mean)
+        return GPU_LAUNCH((encode<true, T>), blocks, kThreads, queue, from, n, bits, vectors, sums);
+      return GPU_LAUNCH((encode<false, T>), blocks, kThreads, queue, from, n, bits, vectors, sums);
+    });
+    if (code)
+      return code;
+  }
+  return mean ? GPU_LAUNCH(finish_mean, 1, kFinish, queue, sums, blocks, n, mean) : 0;
+}
+
+int ck_cuda_sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *scales,
+                      int rows, int accumulate, void *stream) {
+  if (n == 0)
+    return 0;
+  Rows own = {};
+  bool vectors = is_aligned<4>(out);
+  for (int r = 0; r < rows; ++r) {
+    own.bits[r] = bits[r];
+    vectors = vectors && is_aligned<4>(bits[r]);
+  }
+  return GPU_LAUNCH(sum, blocks_for(n), kThreads, static_cast<cudaStream_t>(stream), out, n, own,
+                    scales, rows, accumulate != 0, vectors);
+}

@@ -1,0 +1,308 @@
+// One step of Deep Gradient Compression (Lin et al. 2018): momentum correction, the largest elements,
+// and masking, in one pass over memory.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "dispatch.h"
+#include "input.h"
+#include "kernels.h"
+#include "order.h"
+#include "parallel.h"
+
+using namespace commkit;
+
+namespace {
+
+constexpr float kSmallest = std::numeric_limits<float>::denorm_min();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLower = 0.8f;
+constexpr int kTries = 10;
+
+// Elements of one part of the tensor, in rising order.
+struct Candidates {
+  std::vector<int64_t> places;
+  std::vector<float> values;
+
+  size_t size() const { return places.size(); }
+  void append(const int64_t *place, const float *value, int64_t count) {
+    places.insert(places.end(), place, place + count);
+    values.insert(values.end(), value, value + count);
+  }
+};
+using Parts = std::vector<Candidates>;
+
+int64_t size_of(const Parts &parts) {
+  int64_t size = 0;
+  for (const Candidates &part : parts)
+    size += static_cast<int64_t>(part.size());
+  return size;
+}
+
+struct Sample {
+  int64_t first, stride, low_rank, high_rank;
+};
+
+class Step {
+public:
+  Step(const Input &g, const Correction &how, bool masking, float negligible, int64_t n, float *u,
+       float *v, int threads)
+      : t_(table()), g_(g), how_(how), masking_(masking), negligible_(negligible), n_(n), u_(u),
+        v_(v), threads_(threads), chunks_((n + kChunk - 1) / kChunk),
+        count_(std::max<int64_t>(1, std::min<int64_t>(threads, chunks_))) {}
+
+  void operator()(const Sample &sample, int64_t k, int64_t *places, float *values) {
+    Cut cut = cut_from(sample);
+    Parts parts = correct(cut, k);
+    if (size_of(parts) < k) {
+      restore(parts, cut.high);
+      parts = search(cut.low, k);
+      cut.high = std::numeric_limits<float>::quiet_NaN(); // nothing is masked
+    }
+    choose(parts, cut.high, k, places, values);
+  }
+
+private:
+  // From strided elements, of which u and v are formed ahead of the pass.
+  Cut cut_from(const Sample &sample) const {
+    const int64_t first = sample.first, stride = sample.stride;
+    Order order((n_ - first + stride - 1) / stride);
+    // Each costs lines of the cache, which are asked for well ahead.
+    parallel_for(static_cast<int64_t>(order.size()), std::min<int64_t>(3 * stride, 48), threads_,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     prefetch(first + std::min(i + kAhead, end - 1) * stride);
+                     float u, v;
+                     correct_one(first + i * stride, &u, &v);
+                     order[i] = order_of(v);
+                   }
+                 });
+    Order again = order;
+    // NaN is not below anything: as a limit it would make candidates of all.
+    const float low = std::min(magnitude(ranked(order, sample.low_rank)), kInfinity);
+    float high = kInfinity;
+    if (sample.high_rank)
+      high = std::min(magnitude(ranked(again, sample.high_rank)), kInfinity);
+    // What is sent for certain loses its velocity as well.
+    return {std::max(low, kSmallest), std::max(high, std::nextafter(negligible_, kInfinity)),
+            masking_};
+  }
+
+  static float magnitude(uint32_t order) {
+    const float x = loops::float_of(order);
+    return x == x ? x : kInfinity;
+  }
+
+  void prefetch(int64_t i) const {
+    g_.prefetch(i);
+    if (how_.velocity)
+      __builtin_prefetch(how_.velocity + i);
+    if (how_.unsent)
+      __builtin_prefetch(how_.unsent + i);
+  }
+
+  void correct_one(int64_t i, float *u, float *v) const {
+    const float g = g_.at(i);
+    loops::correct_momentum(&g, how_.from(i), 1, u, v);
+  }
+
+  // find(begin, end, part) for as many parts as threads.
+  template <class Find> Parts collect(int64_t expected, const Find &find) const {
+    Parts parts(count_);
+    std::atomic<bool> failed{false};
+    parallel_for(count_, n_ / count_, threads_, [&](int64_t begin, int64_t end) {
+      try {
+        for (int64_t p = begin; p < end; ++p) {
+          parts[p].places.reserve(expected / count_);
+          parts[p].values.reserve(expected / count_);
+          find(chunks_ * p / count_ * kChunk, std::min(n_, chunks_ * (p + 1) / count_ * kChunk),
+               parts[p]);
+        }
+      } catch (const std::bad_alloc &) {
+        failed = true;
+      }
+    });
+    if (failed)
+      throw std::bad_alloc();
+    return parts;
+  }
+
+  // The pass: writes u and v, less what is sent for certain.
+  Parts correct(const Cut &cut, int64_t k) const {
+    const bool stream = n_ >= kWorthStreaming;
+    return collect(k + k / 4, [&](int64_t begin, int64_t end, Candidates &part) {
+      int64_t places[kChunk];
+      float values[kChunk];
+      g_.each(begin, end, [&](const float *g, int64_t at, int64_t count) {
+        part.append(places, values,
+                    t_.correct_and_select(g, how_.from(at), cut, count, stream, u_ + at, v_ + at,
+                                          at, places, values));
+      });
+      if (stream)
+        t_.drain();
+    });
+  }
+
+  // Those of v, of which nothing is masked, whose magnitude is not below the limit.
+  Parts at_least(float limit, int64_t k) const {
+    return collect(k, [&](int64_t begin, int64_t end, Candidates &part) {
+      int64_t places[kChunk];
+      float values[kChunk];
+      for (int64_t at = begin; at < end; at += kChunk) {
+        const int64_t found = t_.select(v_ + at, std::min(kChunk, end - at), limit, at, places);
+        for (int64_t i = 0; i < found; ++i)
+          values[i] = v_[places[i]];
+        part.append(places, values, found);
+      }
+    });
+  }
+
+  // k candidates at least, where the first cut was too high.
+  Parts search(float limit, int64_t k) const {
+    for (int i = 0; i < kTries && limit > kSmallest; ++i) {
+      limit = std::max(limit * kLower, kSmallest);
+      Parts parts = at_least(limit, k);
+      if (size_of(parts) >= k)
+        return parts;
+    }
+    Parts parts = at_least(kSmallest, k);
+    if (size_of(parts) < k)
+      parts = {with_zeros(parts, k)};
+    return parts;
+  }
+
+  // All that are not zero, and the first zeros: k together.
+  Candidates with_zeros(const Parts &parts, int64_t k) const {
+    Candidates all;
+    int64_t zeros = k - size_of(parts), at = 0;
+    const auto take_zeros = [&](int64_t end) {
+      for (; at < end && zeros > 0; ++at, --zeros)
+        all.append(&at, v_ + at, 1);
+    };
+    for (const Candidates &part : parts)
+      for (size_t i = 0; i < part.size(); ++i) {
+        take_zeros(part.places[i]);
+        all.append(&part.places[i], &part.values[i], 1);
+        at = part.places[i] + 1;
+      }
+    take_zeros(n_);
+    return all;
+  }
+
+  // Undoes the masking of the pass.
+  void restore(const Parts &parts, float high) const {
+    for (const Candidates &part : parts)
+      for (size_t i = 0; i < part.size(); ++i)
+        if (!(std::fabs(part.values[i]) < high))
+          unmask(part.places[i]);
+  }
+
+  void unmask(int64_t i) const {
+    float u;
+    correct_one(i, &u, v_ + i);
+    if (masking_)
+      u_[i] = u;
+  }
+
+  void mask(int64_t i, float value) const {
+    v_[i] = 0;
+    if (masking_ && !(std::fabs(value) <= negligible_))
+      u_[i] = 0;
+  }
+
+  // The k largest of at least k candidates, and of equal ones the first. What is not below `high`
+  // is masked; NaN: nothing is.
+  void choose(const Parts &parts, float high, int64_t k, int64_t *places, float *values) const {
+    const auto is_masked = [high](float value) { return !(std::fabs(value) < high) && high == high; };
+    const uint32_t least = kth(parts, is_masked, k);
+    std::vector<int64_t> begin(parts.size()), equal(parts.size());
+    int64_t above = 0;
+    for (size_t p = 0; p < parts.size(); ++p) {
+      begin[p] = 0;
+      for (const float value : parts[p].values) {
+        begin[p] += order_of(value) > least;
+        equal[p] += order_of(value) == least;
+      }
+      above += begin[p];
+    }
+    int64_t at = 0, wanted = k - above; // of those that equal the least
+    for (size_t p = 0; p < parts.size(); ++p) {
+      equal[p] = std::min(equal[p], wanted);
+      wanted -= equal[p];
+      const int64_t count = begin[p] + equal[p];
+      begin[p] = at;
+      at += count;
+    }
+    const auto count = static_cast<int64_t>(parts.size());
+    parallel_for(count, k * 4 / count, threads_, [&](int64_t from, int64_t to) {
+      for (int64_t p = from; p < to; ++p) {
+        int64_t next = begin[p], ties = equal[p];
+        for (size_t i = 0; i < parts[p].size(); ++i) {
+          const int64_t place = parts[p].places[i];
+          const float value = parts[p].values[i];
+          const uint32_t order = order_of(value);
+          if (order > least || (order == least && ties-- > 0)) {
+            places[next] = place;
+            values[next++] = value;
+            if (!is_masked(value))
+              mask(place, value);
+          } else if (is_masked(value)) {
+            unmask(place);
+          }
+        }
+      }
+    });
+  }
+
+  // The order of the k-th largest; those masked are the largest of all.
+  template <class IsMasked>
+  static uint32_t kth(const Parts &parts, const IsMasked &is_masked, int64_t k) {
+    Order order;
+    order.reserve(size_of(parts));
+    for (const Candidates &part : parts)
+      for (const float value : part.values)
+        if (!is_masked(value))
+          order.push_back(order_of(value));
+    const int64_t masked = size_of(parts) - static_cast<int64_t>(order.size());
+    if (masked < k)
+      return ranked(order, k - masked);
+    order.clear();
+    for (const Candidates &part : parts)
+      for (const float value : part.values)
+        if (is_masked(value))
+          order.push_back(order_of(value));
+    return ranked(order, k);
+  }
+
+  static constexpr int64_t kAhead = 16;
+
+  const Table &t_;
+  const Input &g_;
+  const Correction how_;
+  const bool masking_;
+  const float negligible_;
+  const int64_t n_;
+  float *const u_, *const v_;
+  const int threads_;
+  const int64_t chunks_, count_;
+};
+
+} // namespace
+
+int ck_dgc_step(const void *g, int dtype, int64_t n, const float *velocity, const float *unsent,
+                float momentum, int nesterov, int masking, float negligible, int64_t first,
+                int64_t stride, int64_t low_rank, int64_t high_rank, int64_t k, float *u, float *v,
+                int64_t *places, float *values, int threads) {
+  const Input input(g, dtype, table());
+  try {
+    Step step(input, {velocity, unsent, momentum, nesterov != 0}, masking != 0, negligible, n, u, v,
+              threads);
+    step({first, stride, low_rank, high_rank}, k, places, values);
+    return 0;
+  } catch (const std::bad_alloc &) {
+    return -1;
+  }
+}

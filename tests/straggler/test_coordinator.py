@@ -1,0 +1,599 @@
+"""Coordinated training on threads: exactness, conservation, catching up, what cannot go on.
+
+Who is late is decided by the test, not by the clock: a late worker does not finish until its round is over. Float64, so
+that only rounding is between schemes that are to be equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from commkit import RankFailure
+from commkit.compressors import BlockQuantize, TopK
+from commkit.policy import Policy
+from commkit.straggler import (
+    Backup,
+    Coding,
+    CoordinationOptions,
+    Coordinator,
+    DynamicBackup,
+    Method,
+    Multiplexed,
+    NotDecodable,
+    SelectiveRepetition,
+    Share,
+    Worker,
+)
+from commkit.straggler.families import CyclicMDSFamily, CyclicRandomFamily
+
+from .problem import (
+    BATCH,
+    Late,
+    Net,
+    assert_close,
+    assert_same,
+    loss_on,
+    nobody,
+    synchronous,
+    train,
+    weights,
+)
+
+pytestmark = (
+    pytest.mark.slow
+)  # sensitive to load until it is shown not to be: make test ARGS="-m slow"
+
+OPTIONS = CoordinationOptions(timeout_s=30.0)
+ALL = Policy(min_numel=0)
+
+
+def options(**changes: Any) -> CoordinationOptions:
+    return dataclasses.replace(OPTIONS, **changes)
+
+
+# Exactness.
+
+
+@pytest.mark.parametrize(
+    ("method", "workers", "late"),
+    [
+        (Backup(num_backups=0), 4, nobody),
+        (Coding(1), 4, lambda w, r: w == r % 4),
+        (Coding(2), 6, lambda w, r: w in (r % 6, (r + 1) % 6)),
+        (Coding(1, CyclicMDSFamily()), 6, lambda w, r: w == r % 6),
+        (Coding(2, CyclicRandomFamily()), 4, lambda w, r: w in (r % 4, (r + 1) % 4)),
+    ],
+)
+def test_without_s_workers_training_follows_full_synchronous_training_exactly(
+    method: Method, workers: int, late: Late
+) -> None:
+    losses, reference = synchronous(10)
+    coordinator, *others = train(method, workers, 10, late=late)
+    assert [r.loss for r in coordinator.records] == pytest.approx(losses, rel=1e-10)
+    assert_close(coordinator.weights, weights(reference), 1e-10)
+    for other in others:
+        assert_same(other.weights, coordinator.weights)
+    for number, record in enumerate(coordinator.records):
+        assert {w for w in range(workers) if late(w, number)} <= {r - 1 for r in record.late}
+        assert not record.skipped
+
+
+@pytest.mark.parametrize(
+    ("method", "models"),
+    [
+        (SelectiveRepetition(1, 2, 2, mu=100.0), 2),
+        (Multiplexed(1, 2, 2, mu=100.0), 2),
+        (Multiplexed(2, 3, 4, mu=100.0), 4),
+    ],
+)
+def test_models_in_turn_are_each_trained_exactly_although_workers_are_late(
+    method: Method, models: int
+) -> None:
+    """T + 1 models; worker 0 or 1 is late in every fourth round, which the models of stragglers admit."""
+    steps = 4
+    runs = train(
+        method,
+        4,
+        steps * models,
+        options(interleave="models"),
+        lambda w, r: r % 4 == 1 and w == (r // 4) % 2,
+        models=models,
+    )
+    for model in range(models):
+        losses, reference = synchronous(steps, seed=model)
+        found = [r.loss for r in runs[0].records if r.model == model]
+        assert found == pytest.approx(losses, rel=1e-10)
+        assert_close(weights(runs[0].rank.models[model]), weights(reference), 1e-10)
+    assert any(r.late for r in runs[0].records)
+
+
+@pytest.mark.parametrize(
+    "method", [SelectiveRepetition(1, 2, 2, mu=100.0), Multiplexed(1, 2, 2, mu=100.0)]
+)
+def test_one_model_takes_gradients_that_are_t_rounds_old(method: Method) -> None:
+    """As plain training does whose gradients are taken at the weights of T steps ago."""
+    jobs, delay = 8, 1
+    model = Net(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    at = [weights(model)]
+    for job in range(jobs):
+        old = Net(0)
+        old.load_state_dict(at[max(0, job - delay)])
+        loss_on(old, range(job * BATCH, (job + 1) * BATCH)).backward()
+        for p, q in zip(model.parameters(), old.parameters(), strict=True):
+            p.grad = q.grad
+        optimizer.step()
+        at.append(weights(model))
+    runs = train(method, 4, jobs, late=lambda w, r: w == 2 and r % 3 == 1)
+    assert_close(runs[0].weights, at[-1], 1e-10)
+
+
+def test_backup_workers_take_the_mean_of_those_that_came() -> None:
+    """Shares go round; each step is one on the shares of the first two."""
+    runs = train(Backup(k=2), 3, 9, late=lambda w, r: w == r % 3)
+    model = Net(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    share = BATCH // 3
+    for job in range(9):
+        optimizer.zero_grad()
+        for worker in range(3):
+            if worker != job % 3:
+                first = job * BATCH + (worker + job) % 3 * share
+                (loss_on(model, range(first, first + share)) / 2).backward()
+        optimizer.step()
+    assert_close(runs[0].weights, weights(model), 1e-12)
+    assert [r.contributors for r in runs[0].records[:3]] == [(2, 3), (1, 3), (1, 2)]
+    assert runs[0].rank.stats.late == {1: 3, 2: 3, 3: 3}
+
+
+def test_clipping_is_that_of_torch() -> None:
+    model = Net(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for job in range(5):
+        optimizer.zero_grad()
+        loss_on(model, range(job * BATCH, (job + 1) * BATCH)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    runs = train(Coding(1), 4, 5, max_grad_norm=0.5)
+    assert_close(runs[0].weights, weights(model), 1e-10)
+
+
+# Several coordinators.
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        (Coding(1), {}),
+        (Backup(k=2), {"compressor": TopK(0.3), "policy": ALL}),
+        (DynamicBackup(window=2), {"broadcast": BlockQuantize(8, 16, "nearest"), "policy": ALL}),
+    ],
+    ids=["coding", "compressed", "dynamic"],
+)
+def test_several_coordinators_give_the_bits_of_one(method: Method, changes: dict[str, Any]) -> None:
+    late: Late = (lambda w, r: w == 2) if isinstance(method, Backup) else nobody
+    kinds = {"max_grad_norm": 0.7, "late": late, "dtype": torch.float32}
+    one = train(method, 3 if isinstance(method, Backup) else 4, 8, options(**changes), **kinds)
+    several = train(
+        method,
+        3 if isinstance(method, Backup) else 4,
+        8,
+        options(coordinators=(0, 1, 2), **changes),
+        **kinds,
+    )
+    assert_same(several[0].weights, one[0].weights)
+    for run in several[3:]:
+        assert_same(run.weights, one[0].weights)
+    norms = [r.norm for r in one[0].records]
+    for run in several[:3]:
+        assert [r.norm for r in run.records] == norms
+    held = [set(run.rank.names) for run in several[:3]]
+    assert sum(map(len, held)) == len(set().union(*held)) == 4
+
+
+# What is compressed, and what becomes of what was dropped.
+
+
+class Counting(Worker):
+    """Remembers the sums of all gradients that it has computed, and of what it sent in time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.computed: dict[str, Tensor] = {}
+        self.arrived: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
+
+    def _compute(self, *args: Any) -> Any:
+        vectors, report = super()._compute(*args)
+        if vectors is not None:
+            for name, x in vectors[0].items():
+                self.computed[name] = self.computed.get(name, torch.zeros_like(x)) + x
+        return vectors, report
+
+    def _send(self, plan: Any, vectors: Any, report: Any) -> None:
+        super()._send(plan, vectors, report)
+        self.last = {}
+        for _, names, tensors in self.residuals._sent:
+            self.last |= self.party.gradients.decode(tensors, names, plan.round)
+
+    def _hear_fate(self, accepted: int) -> None:
+        if self._sent >= 0 and accepted == self._sent:
+            for name, x in self.last.items():
+                self.arrived[name] = self.arrived.get(name, torch.zeros_like(x)) + x
+        super()._hear_fate(accepted)
+
+
+@pytest.mark.parametrize("compressor", [None, TopK(0.2)])
+def test_what_is_dropped_stays_with_its_worker(
+    compressor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sum of what arrived + residual == sum of gradients, for every worker; and what arrived is what was applied."""
+    monkeypatch.setattr("tests.straggler.problem.Worker", Counting)
+
+    def tardy(worker: Worker) -> None:
+        """The worker whose turn it is finishes only when its round is over."""
+        me = worker.party.workers.index(worker.party.rank)
+        late_now = threading.Event()
+
+        def loss_of(share: Share) -> Tensor:
+            if worker.round % 3 == me:
+                while not any(m.sequence > worker.round for m in worker._inbox[0]):
+                    worker._poll(0.0)
+                    late_now.wait(0.002)
+            return loss_on(worker.model, share.samples)
+
+        worker.run(loss_of)
+
+    runs = train(
+        Backup(k=2),
+        3,
+        12,
+        options(compressor=compressor, keep_dropped=True, policy=ALL, interrupt=False),
+        around=tardy,
+    )
+    for run in runs[1:]:
+        worker = run.rank
+        assert worker.abandoned == 4
+        residual = worker.residuals.state_dict()["0"]
+        for name, total in worker.computed.items():
+            kept = residual.get(name, torch.zeros_like(total))
+            torch.testing.assert_close(worker.arrived[name] + kept, total, rtol=1e-12, atol=1e-12)
+            assert compressor is None or float(kept.norm()) > 0
+    model = Net(0)
+    moved = {n: weights(model)[n] - runs[0].weights[n] for n in runs[0].weights}
+    assert any(float(x.norm()) > 0 for x in moved.values())
+
+
+def test_what_was_sent_and_dropped_is_put_back() -> None:
+    """Of a vector whose fate is "too late" all that had been sent becomes residual again."""
+    from commkit.runtime.codec import Codec
+    from commkit.straggler.residuals import Residuals
+
+    like = {"w": torch.zeros(40, 10, dtype=torch.float64)}
+    generator = torch.Generator().manual_seed(0)
+    for keep in (True, False):
+        residuals = Residuals(Codec(TopK(0.1), ALL, 0, like), 1, keep)
+        put, got = torch.zeros(40, 10, dtype=torch.float64), torch.zeros(40, 10)
+        for number in range(6):
+            x = torch.randn(40, 10, generator=generator, dtype=torch.float64)
+            in_time = number not in (2, 4)
+            residuals.stage(number, [number])
+            tensors = residuals.encode(0, {"w": x.clone()}, ["w"], 1)
+            sent = residuals.codec.decode(tensors, ["w"], number)["w"]
+            residuals.settle(in_time)
+            put += x * (in_time or keep)
+            got = got + sent * in_time
+        left = residuals.state_dict()["0"]["w"]
+        torch.testing.assert_close(got + left, put, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [Coding(1), SelectiveRepetition(1, 2, 2, mu=100.0)])
+def test_the_broadcast_may_be_compressed(method: Method) -> None:
+    """Workers compute with what was decoded, the same bits on all, and what was left unsent comes later: training goes
+    on to the same loss."""
+    coarse = BlockQuantize(4, 16, "nearest")
+    seen: dict[tuple[int, int], Tensor] = {}
+    lock = threading.Lock()
+
+    def watch(worker: Worker) -> None:
+        def loss_of(share: Share) -> Tensor:
+            with lock:
+                flat = torch.cat([p.detach().view(-1) for p in worker.model.parameters()])
+                expected = seen.setdefault((share.job, 0), flat.clone())
+            assert torch.equal(flat, expected)
+            return loss_on(worker.model, share.samples)
+
+        worker.run(loss_of)
+
+    runs = train(method, 4, 40, options(broadcast=coarse, policy=ALL), around=watch)
+    plain = train(method, 4, 40)
+    first, last = plain[0].records[0].loss, plain[0].records[-1].loss
+    assert runs[0].records[-1].loss < last + 0.1 * (first - last)
+    assert (
+        0
+        < runs[0].rank.residual_norm
+        < 0.2 * float(torch.cat([x.view(-1) for x in runs[0].weights.values()]).norm())
+    )
+    sent = [run.rank.transport.sent.payload_bytes for run in (runs[0], plain[0])]
+    assert sent[0] < sent[1]
+
+
+@pytest.mark.parametrize("compressor", [TopK(0.3), BlockQuantize(8, 16, "nearest")])
+def test_coded_vectors_may_be_compressed(compressor: Any) -> None:
+    runs = train(Coding(1), 4, 40, options(compressor=compressor, policy=ALL))
+    losses, _ = synchronous(40)
+    assert runs[0].records[-1].loss < losses[-1] + 0.15 * (losses[0] - losses[-1])
+    assert all(run.rank.residuals.norm() > 0 for run in runs[1:])
+
+
+# Stragglers that come back, and those that do not.
+
+
+def test_a_straggler_fast_forwards() -> None:
+    """A worker sleeps through many rounds; when it wakes up it takes all weights in order and computes the newest
+    round only."""
+    asleep, awake = threading.Event(), threading.Event()
+
+    def around(worker: Worker) -> None:
+        me = worker.party.workers.index(worker.party.rank)
+        rounds: list[int] = []
+
+        def loss_of(share: Share) -> Tensor | None:
+            rounds.append(worker.round)
+            if me == 0 and worker.round == 1:
+                asleep.set()
+                assert awake.wait(20.0)
+            return loss_on(worker.model, share.samples)
+
+        worker.run(loss_of)
+        worker.seen = rounds  # type: ignore[attr-defined]
+
+    def on_step(coordinator: Coordinator, record: Any) -> None:
+        if record.job == 1:
+            assert asleep.wait(20.0)
+        if record.job == 30:
+            awake.set()
+
+    runs = train(Coding(1), 4, 2000, around=around, on_step=_until_it_is_back(on_step))
+    sleeper, stats = runs[1].rank, runs[0].rank.stats
+    assert sleeper.seen[:2] == [0, 1]
+    assert 2 not in sleeper.seen  # those in its queue were passed over
+    assert sleeper.seen[2] <= 1 + OPTIONS.max_behind
+    assert sleeper.skipped >= OPTIONS.max_behind - 2
+    assert stats.returned >= 1
+    assert stats.used[1] >= 2  # before and after
+    for run in runs[1:]:
+        assert_same(run.weights, runs[0].weights)
+    _, reference = synchronous(len(runs[0].records))
+    assert_close(runs[0].weights, weights(reference), 1e-8)
+
+
+def _until_it_is_back(on_step: Any) -> Any:
+    def stop_then(coordinator: Coordinator, record: Any) -> None:
+        on_step(coordinator, record)
+        if record.job > 30 and 1 not in record.late:
+            coordinator.stop()
+
+    return stop_then
+
+
+@pytest.mark.parametrize(
+    "method", [Coding(1), Backup(num_backups=1), DynamicBackup(), SelectiveRepetition(1, 2, 2)]
+)
+def test_a_worker_that_dies_is_a_straggler(method: Method) -> None:
+    def around(worker: Worker) -> None:
+        def loss_of(share: Share) -> Tensor:
+            if worker.party.rank == 3 and worker.round == 2:
+                worker._transport.die()  # type: ignore[union-attr]
+                raise SystemExit
+            return loss_on(worker.model, share.samples)
+
+        try:
+            worker.run(loss_of)
+        except SystemExit:
+            pass
+
+    runs = train(method, 4, 8, around=around)
+    assert [r.skipped for r in runs[0].records] == [False] * 8
+    assert runs[0].rank.stats.lost_workers == [3]
+    assert all(3 not in r.contributors for r in runs[0].records[-3:])
+    if isinstance(method, Coding):
+        assert_close(runs[0].weights, weights(synchronous(8)[1]), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "dying"),
+    [(Coding(1), (1, 3)), (Backup(num_backups=0), (2,)), (Multiplexed(1, 2, 2), (4,))],
+)
+def test_without_whom_it_cannot_go_on_the_error_says(
+    method: Method, dying: tuple[int, ...]
+) -> None:
+    told: dict[int, str] = {}
+
+    def around(worker: Worker) -> None:
+        def loss_of(share: Share) -> Tensor:
+            if worker.party.rank in dying and worker.round == 2:
+                worker._transport.die()  # type: ignore[union-attr]
+                raise SystemExit
+            return loss_on(worker.model, share.samples)
+
+        try:
+            worker.run(loss_of)
+        except SystemExit:
+            pass
+        except RankFailure as error:
+            told[worker.party.rank] = str(error)
+
+    with pytest.raises(NotDecodable) as error:
+        train(method, 4, 8, around=around)
+    assert set(dying) <= set(error.value.workers)  # type: ignore[attr-defined]
+    assert str(sorted(dying)) in str(error.value) or len(error.value.workers) > len(dying)
+    assert "which are lost" in str(error.value)
+    assert told
+    assert all("cannot be had" in text for text in told.values())
+
+
+@pytest.mark.parametrize("policy", ["raise", "continue"])
+def test_an_exception_on_a_worker(policy: Any) -> None:
+    def around(worker: Worker) -> None:
+        def loss_of(share: Share) -> Tensor:
+            if worker.party.rank == 2 and worker.round == 1:
+                raise ZeroDivisionError("of its own")
+            return loss_on(worker.model, share.samples)
+
+        try:
+            with worker:
+                worker.run(loss_of)
+        except (ZeroDivisionError, RankFailure):
+            pass
+
+    if policy == "continue":
+        runs = train(Coding(1), 4, 6, options(on_worker_error="continue"), around=around)
+        assert runs[0].rank.stats.lost_workers == [2]
+    else:
+        with pytest.raises(RankFailure, match="rank 2 failed: ZeroDivisionError: of its own"):
+            train(Coding(1), 4, 6, around=around)
+
+
+# Values that are not finite.
+
+
+def test_a_result_that_is_not_finite_counts_as_late() -> None:
+    def around(worker: Worker) -> None:
+        def loss_of(share: Share) -> Tensor:
+            loss = loss_on(worker.model, share.samples)
+            bad = worker.party.rank == 2 and worker.round in (1, 4)
+            return loss * float("nan") if bad else loss
+
+        worker.run(loss_of)
+
+    runs = train(Coding(1, mu=100.0), 4, 6, around=around)
+    assert runs[0].rank.stats.nonfinite == 2
+    assert [r.late for r in runs[0].records] == [(), (2,), (), (), (2,), ()]
+    assert_close(runs[0].weights, weights(synchronous(6)[1]), 1e-10)
+
+
+def test_a_step_that_nobody_can_give_is_skipped_and_too_many_are_an_error() -> None:
+    def poisoned(rounds: range) -> Any:
+        def around(worker: Worker) -> None:
+            def loss_of(share: Share) -> Tensor:
+                loss = loss_on(worker.model, share.samples)
+                return loss * float("inf") if worker.round in rounds else loss
+
+            try:
+                worker.run(loss_of)
+            except RankFailure:
+                pass
+
+        return around
+
+    runs = train(Backup(num_backups=0), 2, 6, around=poisoned(range(2, 4)))
+    assert [r.skipped for r in runs[0].records] == [False, False, True, True, False, False]
+    with pytest.raises(FloatingPointError, match="last 10 jobs"):
+        train(Backup(num_backups=0), 2, 30, around=poisoned(range(2, 99)))
+
+
+# Going on from a checkpoint.
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        (Coding(1), {}),
+        (DynamicBackup(window=2), {}),
+        (Backup(k=4), {"compressor": TopK(0.2), "broadcast": BlockQuantize(8, 16, "nearest")}),
+        (SelectiveRepetition(1, 2, 2, mu=100.0), {}),
+        (Multiplexed(2, 3, 2, mu=100.0), {"compressor": TopK(0.5)}),
+    ],
+    ids=["coding", "dynamic", "compressed", "sr-sgc", "m-sgc"],
+)
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
+    method: Method, changes: dict[str, Any]
+) -> None:
+    """State taken in the middle, with jobs under way; workers save theirs when they are asked to."""
+    chosen = options(policy=ALL, **changes)
+    states: dict[int, Any] = {}
+
+    def copied(state: Any) -> Any:
+        if isinstance(state, torch.Tensor):
+            return state.clone()
+        if isinstance(state, dict):
+            return {key: copied(value) for key, value in state.items()}
+        return [copied(x) for x in state] if isinstance(state, list | tuple) else state
+
+    def on_step(coordinator: Coordinator, record: Any) -> None:
+        if record.job == 5:
+            states[0] = copied(coordinator.state_dict())
+            coordinator.save_workers(6)
+
+    def note(rank: Any) -> None:
+        if isinstance(rank, Worker):
+            rank.on_save = lambda tag: states.__setitem__(
+                rank.party.rank, copied(rank.state_dict())
+            )
+
+    batch = 240
+    whole = train(method, 4, 12, chosen, batch=batch, on_step=on_step, prepare=note)
+    assert sorted(states) == [0, 1, 2, 3, 4]
+
+    def load(rank: Any) -> None:
+        rank.load_state_dict(states[rank.party.rank])
+
+    rest = train(method, 4, 12, chosen, batch=batch, prepare=load)
+    assert [r.job for r in rest[0].records] == list(range(6, 12))
+    if isinstance(method, DynamicBackup):
+        return  # how many it awaits depends on the clock
+    assert_same(rest[0].weights, whole[0].weights)
+
+
+def test_another_number_of_workers_goes_on_from_the_weights() -> None:
+    states: list[Any] = []
+
+    def on_step(coordinator: Coordinator, record: Any) -> None:
+        if record.job == 3:
+            states.append(coordinator.state_dict())
+            coordinator.stop()
+
+    train(Coding(1), 4, 10, on_step=on_step)
+
+    def load(rank: Any) -> None:
+        if isinstance(rank, Coordinator):
+            with pytest.raises(ValueError, match="of 4 workers and there are 6"):
+                rank.load_state_dict(states[0])
+            rank.load_state_dict(states[0], job=4)
+
+    runs = train(Coding(1), 6, 10, prepare=load)
+    assert [r.job for r in runs[0].records] == list(range(4, 10))
+    assert_close(runs[0].weights, weights(synchronous(10)[1]), 1e-10)
+
+
+# Refusals.
+
+
+def test_a_batch_that_cannot_be_cut_is_refused_everywhere() -> None:
+    with pytest.raises(ValueError, match="batch=50 must be a multiple of units=4"):
+        train(Coding(1), 4, 2, batch=50)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Coding(4).build(4), "num_stragglers=4"),
+        (lambda: Backup(k=5).build(4), r"k=5 must be in 1\.\.4"),
+        (lambda: Backup(num_backups=4).build(4), "num_backups=4"),
+        (lambda: options(coordinators=()), r"coordinators=\(\)"),
+        (lambda: options(coordinators=(0, 1)).workers(2), "leaves none of 2 ranks"),
+        (lambda: options(coordinators=(7,)).workers(3), "must be ranks of a group of 3"),
+        (lambda: options(grace_s=-1.0), "grace_s=-1.0"),
+        (lambda: options(max_behind=0), "max_behind=0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
