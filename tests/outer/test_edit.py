@@ -682,7 +682,7 @@ def test_a_corrupted_replica_spikes_diloco_and_not_edit(penalty: Penalty) -> Non
                 if not bad:
                     seen.append(loss.item())
                 generator = torch.Generator().manual_seed(step)
-                noise = 30 * torch.randn(8, 4, generator=generator)
+                noise = 60 * torch.randn(8, 4, generator=generator)
                 x = torch.randn(8, 5, generator=generator)
                 target = (model(x) - noise).square().mean() if bad else loss
                 target.backward()
