@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from .aggregators.health import are_finite, require_finite
 from .aggregators.hierarchical import Hierarchical
 from .aggregators.nodes import Nodes
+from .aggregators.outcome import means_into
 from .aggregators.residuals import Outgoing, aggregate, compensate, update_feedback
 from .aggregators.stateless import Stateless
 from .clipping import clip_coefficient, mean_norm, require_norm
@@ -290,14 +291,16 @@ class Reducer:
             if self.feedback.changes_mean or named[key].dtype != ctxs[key].work_dtype
         }
         require_finite(ready.values())
-        for key, sent, outcome in zip(keys, outgoing, outcomes, strict=True):
-            self._contributed(outcome.num_contributors)
-            if key not in hold:
-                update_feedback(self.feedback, sent, outcome, key)
-            if key in ready:
-                named[key].copy_(ready[key])
-            else:
-                outcome.mean_into(named[key])
+        self._contributed(min(outcome.num_contributors for outcome in outcomes))
+        by_key = dict(zip(keys, zip(outgoing, outcomes, strict=True), strict=True))
+        used = [key for key in keys if key not in hold]
+        update_feedback(
+            self.feedback, [by_key[k][0] for k in used], [by_key[k][1] for k in used], used
+        )
+        for key, x in ready.items():
+            named[key].copy_(x)
+        rest = [key for key in keys if key not in ready]
+        means_into([by_key[key][1] for key in rest], [named[key] for key in rest])
         return {key: named[key] for key in keys}
 
     @property

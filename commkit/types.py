@@ -131,6 +131,30 @@ class Compressor(ABC):
         """``x -= decompress(payload)`` in place, bit for bit; ``x`` as ``out`` of :meth:`combine_into`."""
         x.sub_(self.decompress(payload, ctx).view(-1))
 
+    def compress_each(
+        self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], salt: int = 0
+    ) -> list[Payload]:
+        """:meth:`compress`, bit for bit, of several. Worth overriding where a call costs more than the work on a
+        small tensor, as are the other two on ``each``."""
+        return [self.compress(x, ctx, salt) for x, ctx in zip(xs, ctxs, strict=True)]
+
+    def combine_each_into(
+        self,
+        outs: Sequence[Tensor],
+        payloads: Sequence[Sequence[Payload]],
+        ctxs: Sequence[TensorCtx],
+    ) -> None:
+        """:meth:`combine_into`, bit for bit, of several; ``payloads[i]`` are what the ranks sent of the i-th."""
+        for out, of_ranks, ctx in zip(outs, payloads, ctxs, strict=True):
+            self.combine_into(out, of_ranks, ctx)
+
+    def subtract_each_(
+        self, xs: Sequence[Tensor], payloads: Sequence[Payload], ctxs: Sequence[TensorCtx]
+    ) -> None:
+        """:meth:`subtract_`, bit for bit, of several."""
+        for x, payload, ctx in zip(xs, payloads, ctxs, strict=True):
+            self.subtract_(x, payload, ctx)
+
     def places(self, payload: Payload, ctx: TensorCtx) -> Tensor | None:
         """(k,) integers: the flat places where the decoded payload is not zero, if the payload itself says
         so; None if it does not."""

@@ -49,10 +49,7 @@ class AllGather(Stateless):
     ) -> list[Aggregated]:
         """As :meth:`Aggregator.aggregate`. ``made``: where there is a payload already, ``x`` is not compressed;
         it still has to show what is not finite, if the compressor does not."""
-        payloads = [
-            payload or self.compressor.compress(x, c, comm.rank)
-            for x, c, payload in zip(xs, ctxs, made or [None] * len(xs), strict=True)
-        ]
+        payloads = self._compress(xs, ctxs, made or [None] * len(xs), comm.rank)
         inputs = [] if self.compressor.shows_nonfinite else xs
         flag = health([*inputs, *(t for payload in payloads for t in payload)], ctxs[0].device)
         rows = comm.all_gather(encode(payloads, flag))
@@ -67,3 +64,15 @@ class AllGather(Stateless):
             )
             for i, ctx in enumerate(ctxs)
         ]
+
+    def _compress(
+        self,
+        xs: Sequence[Tensor],
+        ctxs: Sequence[TensorCtx],
+        made: Sequence[Payload | None],
+        rank: int,
+    ) -> list[Payload]:
+        left = [i for i, payload in enumerate(made) if payload is None]
+        rest = self.compressor.compress_each([xs[i] for i in left], [ctxs[i] for i in left], rank)
+        payloads = dict(zip(left, rest, strict=True))
+        return [payload or payloads[i] for i, payload in enumerate(made)]

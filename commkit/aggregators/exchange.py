@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,10 +25,17 @@ class Exchange:
 
     shards: Sequence[Shard]
     comm: Comm
+    _served: list[list[Shard]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        served: list[list[Shard]] = [[] for _ in range(self.comm.world_size)]
+        for shard in self.shards:
+            served[shard.owner].append(shard)
+        object.__setattr__(self, "_served", served)
 
     def served_by(self, rank: int) -> list[Shard]:
         """The shards that ``rank`` owns."""
-        return [s for s in self.shards if s.owner == rank]
+        return self._served[rank]
 
     def to_owners(self, payloads: Mapping[Shard, Payload], flag: Tensor) -> list[list[Payload]]:
         """What each rank sent of this rank's shards, in rank order.

@@ -139,9 +139,13 @@ class Hierarchical:
             self.feedback.deliver(outcome.mean, ctx.key)
             for outcome, ctx in zip(outcomes, ctxs, strict=True)
         ]
-        for sent, outcome, ctx, waits in zip(outgoing, outcomes, ctxs, idle, strict=True):
-            if not waits:
-                update_feedback(self.feedback, sent, outcome, ctx.key)
+        used = [i for i, waits in enumerate(idle) if not waits]
+        update_feedback(
+            self.feedback,
+            [outgoing[i] for i in used],
+            [outcomes[i] for i in used],
+            [ctxs[i].key for i in used],
+        )
         return results, min(outcome.num_contributors for outcome in outcomes)
 
     def _take_loaded(self, place: Placement) -> None:

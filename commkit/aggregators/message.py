@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,10 +33,13 @@ def decode(buffer: Tensor, like: Sequence[Payload]) -> list[Payload]:
     """Views into ``buffer`` with the shapes and dtypes of the payloads ``like``."""
     decoded: list[list[Tensor]] = [list(payload) for payload in like]
     offset = 0
-    for i, j in _widest_first(like):
-        t = like[i][j]
-        end = offset + t.numel() * t.element_size()
-        decoded[i][j] = buffer[offset:end].view(t.dtype).view(t.shape)
+    for dtype, run in groupby(_widest_first(like), lambda at: like[at[0]][at[1]].dtype):
+        places = list(run)
+        sizes = [like[i][j].numel() for i, j in places]
+        end = offset + sum(sizes) * dtype.itemsize
+        parts = buffer[offset:end].view(dtype).split_with_sizes(sizes)
+        for (i, j), part in zip(places, parts, strict=True):
+            decoded[i][j] = part.view(like[i][j].shape)
         offset = end
     return [tuple(payload) for payload in decoded]
 

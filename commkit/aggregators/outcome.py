@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,39 +36,30 @@ class Part:
 class Decoded(Aggregated):
     """The outcome of a tensor whose ``parts``, which cover it, are compressed each on its own."""
 
-    __slots__ = ("_compressor", "_ctx", "_parts")
+    __slots__ = ("_ctx", "compressor", "parts")
 
     def __init__(
         self, compressor: Compressor, ctx: TensorCtx, parts: Sequence[Part], ranks: int
     ) -> None:
         super().__init__(self._form_mean, self._form_sent, ranks)
-        self._compressor, self._ctx, self._parts = compressor, ctx, parts
+        self.compressor, self._ctx, self.parts = compressor, ctx, parts
 
     def mean_into(self, out: Tensor) -> None:
-        if not self._takes(out):
-            super().mean_into(out)
-            return
-        flat = out.view(-1)
-        for part in self._parts:
-            self._compressor.combine_into(part.of(flat), part.received, part.ctx)
+        means_into([self], [out])
 
     def take_sent_from(self, compensated: Tensor) -> bool:
-        if not self._takes(compensated):
-            return False
-        flat = compensated.view(-1)
-        for part in self._parts:
-            self._compressor.subtract_(part.of(flat), part.own, part.ctx)
-        return True
+        return take_sent([self], [compensated])[0]
 
     def sent_places(self) -> Tensor | None:
-        found = [self._compressor.places(part.own, part.ctx) for part in self._parts]
+        found = [self.compressor.places(part.own, part.ctx) for part in self.parts]
         known = [places for places in found if places is not None]
         if not known or len(known) < len(found):
             return None
-        starts = (part.start for part in self._parts)
+        starts = (part.start for part in self.parts)
         return torch.cat([places + start for places, start in zip(known, starts, strict=True)])
 
-    def _takes(self, x: Tensor) -> bool:
+    def takes(self, x: Tensor) -> bool:
+        """Whether payloads can be decoded right into ``x``, or subtracted from it."""
         return x.dtype == self._ctx.work_dtype and x.is_contiguous()
 
     def _form_mean(self) -> Tensor:
@@ -77,8 +68,51 @@ class Decoded(Aggregated):
         return mean
 
     def _form_sent(self) -> Tensor:
-        decompress = self._compressor.decompress
-        sent = [decompress(part.own, part.ctx).view(-1) for part in self._parts]
+        decompress = self.compressor.decompress
+        sent = [decompress(part.own, part.ctx).view(-1) for part in self.parts]
         if not sent:
             return torch.zeros(self._ctx.shape, dtype=self._ctx.work_dtype, device=self._ctx.device)
         return (sent[0] if len(sent) == 1 else torch.cat(sent)).view(self._ctx.shape)
+
+
+def means_into(outcomes: Sequence[Aggregated], outs: Sequence[Tensor]) -> None:
+    """``mean_into`` of each: of all that one compressor decodes, in one call."""
+    together = _Together()
+    for outcome, out in zip(outcomes, outs, strict=True):
+        if not isinstance(outcome, Decoded):
+            outcome.mean_into(out)
+        elif not together.takes(outcome, out):
+            out.copy_(outcome.mean)
+    for compressor, parts, pieces in together.calls():
+        compressor.combine_each_into(pieces, [p.received for p in parts], [p.ctx for p in parts])
+
+
+def take_sent(outcomes: Sequence[Aggregated], compensated: Sequence[Tensor]) -> list[bool]:
+    """``take_sent_from`` of each: of all that one compressor decodes, in one call."""
+    together = _Together()
+    taken = [
+        together.takes(outcome, x) if isinstance(outcome, Decoded) else outcome.take_sent_from(x)
+        for outcome, x in zip(outcomes, compensated, strict=True)
+    ]
+    for compressor, parts, pieces in together.calls():
+        compressor.subtract_each_(pieces, [p.own for p in parts], [p.ctx for p in parts])
+    return taken
+
+
+class _Together:
+    """Parts of many tensors and their places in memory, by compressor."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, tuple[Compressor, list[Part], list[Tensor]]] = {}
+
+    def takes(self, outcome: Decoded, x: Tensor) -> bool:
+        if not outcome.takes(x):
+            return False
+        compressor, flat = outcome.compressor, x.view(-1)
+        _, parts, pieces = self._by_id.setdefault(id(compressor), (compressor, [], []))
+        parts += outcome.parts
+        pieces += [part.of(flat) for part in outcome.parts]
+        return True
+
+    def calls(self) -> Iterable[tuple[Compressor, list[Part], list[Tensor]]]:
+        return self._by_id.values()

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..feedback import ErrorFeedback, MomentumCorrection, NoFeedback
 from ..types import Aggregated, Aggregator, Comm, Compressor, Feedback, Payload, TensorCtx
 from .all_gather import AllGather
+from .outcome import take_sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +49,30 @@ def aggregate(
     return aggregator.aggregate(deltas, ctxs, comm)
 
 
-def update_feedback(feedback: Feedback, outgoing: Outgoing, outcome: Aggregated, key: str) -> None:
-    """Stage what ``outcome`` left unsent of ``outgoing``, which may be overwritten: without forming what was
-    sent, where feedback and aggregator can."""
-    delta = outgoing.delta
-    if isinstance(feedback, NoFeedback) or outgoing.payload is not None:
+def update_feedback(
+    feedback: Feedback,
+    outgoing: Sequence[Outgoing],
+    outcomes: Sequence[Aggregated],
+    keys: Sequence[str],
+) -> None:
+    """Stage what each of ``outcomes`` left unsent of ``outgoing``, which may be overwritten: without forming what
+    was sent, where feedback and aggregator can."""
+    if isinstance(feedback, NoFeedback):
         return
-    if isinstance(feedback, ErrorFeedback) and outcome.take_sent_from(delta):
-        feedback.stage(key, delta)
+    if isinstance(feedback, ErrorFeedback):
+        taken = take_sent(outcomes, [each.delta for each in outgoing])
+        for key, sent, outcome, done in zip(keys, outgoing, outcomes, taken, strict=True):
+            if done:
+                feedback.stage(key, sent.delta)
+            else:
+                feedback.update(sent.delta, outcome.sent, key)
         return
+    for key, sent, outcome in zip(keys, outgoing, outcomes, strict=True):
+        if sent.payload is None:
+            _update_one(feedback, sent.delta, outcome, key)
+
+
+def _update_one(feedback: Feedback, delta: Tensor, outcome: Aggregated, key: str) -> None:
     places = outcome.sent_places() if isinstance(feedback, MomentumCorrection) else None
     if places is not None and outcome.take_sent_from(delta):
         assert isinstance(feedback, MomentumCorrection)
@@ -72,14 +88,20 @@ def compensate_own(feedback: Feedback, x: Tensor, key: str) -> Tensor:
     return feedback.compensate(x, key)
 
 
-def update_with_payload(
-    feedback: Feedback, delta: Tensor, compressor: Compressor, payload: Payload, ctx: TensorCtx
+def update_with_payloads(
+    feedback: Feedback,
+    deltas: Sequence[Tensor],
+    compressor: Compressor,
+    payloads: Sequence[Payload],
+    ctxs: Sequence[TensorCtx],
 ) -> None:
-    """Stage what ``payload`` leaves unsent of ``delta``, which may be overwritten."""
+    """Stage what each of ``payloads`` leaves unsent of ``deltas``, which may be overwritten."""
     if isinstance(feedback, NoFeedback):
         return
-    if isinstance(feedback, ErrorFeedback) and delta.is_contiguous():
-        compressor.subtract_(delta.view(-1), payload, ctx)
-        feedback.stage(ctx.key, delta)
-    else:
+    if isinstance(feedback, ErrorFeedback) and all(delta.is_contiguous() for delta in deltas):
+        compressor.subtract_each_([delta.view(-1) for delta in deltas], payloads, ctxs)
+        for delta, ctx in zip(deltas, ctxs, strict=True):
+            feedback.stage(ctx.key, delta)
+        return
+    for delta, payload, ctx in zip(deltas, payloads, ctxs, strict=True):
         feedback.update(delta, compressor.decompress(payload, ctx), ctx.key)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..feedback import NoFeedback, check_contraction
+from ..ops import empty
 from ..registry import register
 from ..types import (
     SHARD,
@@ -24,7 +25,7 @@ from ..types import (
 from .exchange import Exchange
 from .health import health
 from .outcome import Decoded, Part
-from .residuals import compensate_own, update_with_payload
+from .residuals import compensate_own, update_with_payloads
 from .sharding import Shard, shard_key, shards_of, spans_of
 
 _FIRST = 1024  # elements, one of which is hardly ever not zero
@@ -83,10 +84,10 @@ class TwoShot:
             for i, ctx in enumerate(ctxs)
             for s in shards_of(i, ctx, comm.world_size, self.granule)
         ]
-        payloads = {
-            s: self.compressor.compress(flats[s.index][s.start : s.end], s.ctx, comm.rank)
-            for s in shards
-        }
+        made = self.compressor.compress_each(
+            [flats[s.index][s.start : s.end] for s in shards], [s.ctx for s in shards], comm.rank
+        )
+        payloads = dict(zip(shards, made, strict=True))
         device = ctxs[0].device
         # A pass over every gradient, where no payload tells what it would find.
         inputs = [] if self.compressor.shows_nonfinite else xs
@@ -112,18 +113,22 @@ class TwoShot:
         rank: int,
     ) -> list[Payload]:
         """The owner's half: combine the ranks' payloads of each shard and compress the mean."""
-        combined = []
-        for number, shard in enumerate(mine):
-            mean = self.compressor.combine([payloads[number] for payloads in received], shard.ctx)
-            # Nobody sent anything: nobody may use the answer either, so the residual waits.
-            idle = not bool(mean[:_FIRST].any()) and not bool(mean.any())
-            if not idle:
-                mean = compensate_own(self.server_feedback, mean, shard.ctx.key)
-            # ~rank: rounding must be independent of the first stage's.
-            payload = self.compressor.compress(mean, shard.ctx, ~rank)
-            if not idle:
-                update_with_payload(self.server_feedback, mean, self.compressor, payload, shard.ctx)
-            combined.append(payload)
+        ctxs = [shard.ctx for shard in mine]
+        means = [empty((ctx.numel,), ctx.work_dtype, ctx.device) for ctx in ctxs]
+        self.compressor.combine_each_into(means, list(zip(*received, strict=True)), ctxs)
+        # Nobody sent anything: nobody may use the answer either, so the residual waits.
+        used = [i for i, mean in enumerate(means) if bool(mean[:_FIRST].any()) or bool(mean.any())]
+        for i in used:
+            means[i] = compensate_own(self.server_feedback, means[i], ctxs[i].key)
+        # ~rank: rounding must be independent of the first stage's.
+        combined = self.compressor.compress_each(means, ctxs, ~rank)
+        update_with_payloads(
+            self.server_feedback,
+            [means[i] for i in used],
+            self.compressor,
+            [combined[i] for i in used],
+            [ctxs[i] for i in used],
+        )
         return combined
 
     def _deal_whole(self, comm: Comm) -> None:

@@ -46,6 +46,17 @@ class Sign(Compressor):
         size = ops.two_norm(flat) / max(flat.numel(), 1) ** 0.5
         return ops.pack_signs(flat), size.to(torch.float32).view(1)
 
+    def compress_each(
+        self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], salt: int = 0
+    ) -> list[Payload]:
+        if self.scale != "l1" or len(xs) < 2:
+            return super().compress_each(xs, ctxs, salt)
+        lengths = [-(-x.numel() // 8) for x in xs]
+        bits = torch.empty(sum(lengths), dtype=torch.uint8, device=xs[0].device)
+        sizes = torch.empty(len(xs), dtype=torch.float32, device=xs[0].device)
+        ops.foreach_encode_signs_(bits, sizes, [x.reshape(-1) for x in xs])
+        return list(zip(bits.split_with_sizes(lengths), sizes.split(1), strict=True))
+
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         return self.combine([payload], ctx)
 
@@ -58,9 +69,41 @@ class Sign(Compressor):
         sizes = torch.cat([size for _, size in payloads]).to(out.dtype) / len(payloads)
         ops.write_signs_(out, [bits for bits, _ in payloads], sizes)
 
+    def combine_each_into(
+        self,
+        outs: Sequence[Tensor],
+        payloads: Sequence[Sequence[Payload]],
+        ctxs: Sequence[TensorCtx],
+    ) -> None:
+        if not _together(outs):
+            super().combine_each_into(outs, payloads, ctxs)
+            return
+        rows = list(zip(*payloads, strict=True))
+        bits, sizes = zip(*(_joined(row) for row in rows), strict=True)
+        ops.foreach_write_signs_(outs, bits, torch.stack(sizes) / len(rows))
+
+    def subtract_each_(
+        self, xs: Sequence[Tensor], payloads: Sequence[Payload], ctxs: Sequence[TensorCtx]
+    ) -> None:
+        if not _together(xs):
+            super().subtract_each_(xs, payloads, ctxs)
+            return
+        bits, sizes = _joined(payloads)
+        ops.foreach_accumulate_signs_(xs, [bits], -sizes.unsqueeze(0))
+
     def subtract_(self, x: Tensor, payload: Payload, ctx: TensorCtx) -> None:
         bits, size = payload
         ops.accumulate_signs_(x, [bits], -size.to(x.dtype))
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         return -(-ctx.numel // 8) + 4
+
+
+def _together(xs: Sequence[Tensor]) -> bool:
+    """Whether one call writes the bits that a call for each would: scales are divided in float32."""
+    return len(xs) > 1 and all(x.dtype == torch.float32 for x in xs)
+
+
+def _joined(payloads: Sequence[Payload]) -> tuple[Tensor, Tensor]:
+    """The signs of all, one after another, and their scales."""
+    return torch.cat([bits for bits, _ in payloads]), torch.cat([size for _, size in payloads])

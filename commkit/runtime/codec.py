@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..aggregators.residuals import update_with_payload
+from ..aggregators.residuals import update_with_payloads
 from ..feedback import ErrorFeedback, NoFeedback, check_contraction
 from ..policy import Policy
 from ..types import Compressor, Feedback, TensorCtx
@@ -57,7 +57,7 @@ class Codec:
             if compressor is not None and self.policy.compresses(ctx):
                 x = feedback.compensate(x, name)
                 payload = compressor.compress(x, ctx, salt)
-                update_with_payload(feedback, x, compressor, payload, ctx)
+                update_with_payloads(feedback, [x], compressor, [payload], [ctx])
             else:
                 if feedback.holds(name):
                     x = feedback.release(x, name)
