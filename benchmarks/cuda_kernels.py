@@ -49,7 +49,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, tuple[Arm
     after = torch.empty_like(x), torch.empty_like(x)
 
     def sign_step() -> None:
-        packed, size = module.encode_signs(out)
+        packed, size = module.encode_signs_compensated_(out, x, 1.0, None)
         module.accumulate_signs_(out, [packed], -size)
 
     def blocks(width: int) -> dict[str, tuple[Arm, float]]:
@@ -77,7 +77,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, tuple[Arm
     return {
         "sign pack": (lambda: module.pack_signs(x), 4 + 1 / 8),
         "sign pack + l1": (lambda: module.encode_signs(x), 4 + 1 / 8),
-        "sign pack + error feedback": (sign_step, 12 + 2 / 8),
+        "sign pack + error feedback": (sign_step, 20 + 2 / 8),
         "sign write": (lambda: module.write_signs_(out, [bits], scale), 4 + 1 / 8),
         f"unpack-accumulate of {PEERS} peers": (
             lambda: module.accumulate_signs_(out, [bits] * PEERS, scales),

@@ -23,7 +23,7 @@ from commkit.feedback import MomentumCorrection
 from commkit.ops import native, reference
 from commkit.types import TensorCtx
 
-PEERS, BLOCK = 8, 256
+PEERS, BLOCK, TENSORS = 8, 256, 1000
 TILE, TOP_K = 4096, 32
 Arm = Callable[[], object]
 
@@ -44,9 +44,19 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
     bits, scale = ops.encode_signs(x)
     scales = scale.repeat(PEERS)
 
+    residual, late = torch.zeros(n), torch.zeros(n)
+    owed = [torch.zeros(1)]
+
     def sign_step() -> None:
-        packed, size = module.encode_signs(out)
-        module.accumulate_signs_(out, [packed], -size)
+        packed, size = module.encode_signs_compensated_(residual, x, 1.0, None)
+        module.accumulate_signs_(residual, [packed], -size)
+
+    def sign_step_in_one_pass() -> None:
+        _, owed[0] = module.encode_signs_compensated_(late, x, 1.0, owed[0])
+
+    many = x.tensor_split(TENSORS)
+    all_bits = torch.zeros(sum((part.numel() + 7) // 8 for part in many), dtype=torch.uint8)
+    all_scales = torch.zeros(TENSORS)
 
     def blocks(width: int) -> dict[str, Arm]:
         codes, sizes = ops.quantize_blocks(x, width, BLOCK, False, 0)
@@ -80,7 +90,11 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
     return {
         "sign pack": lambda: module.pack_signs(x),
         "sign pack + l1": lambda: module.encode_signs(x),
+        f"sign pack + l1 of {TENSORS} tensors": lambda: module.foreach_encode_signs_(
+            all_bits, all_scales, many
+        ),
         "sign pack + error feedback": sign_step,
+        "sign pack + error feedback, late": sign_step_in_one_pass,
         "sign write": lambda: module.write_signs_(out, [bits], scale),
         "sign accumulate": lambda: module.accumulate_signs_(out, [bits], scale),
         f"unpack-accumulate of {PEERS} peers": lambda: module.accumulate_signs_(
@@ -111,6 +125,10 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--only", metavar="WORDS", default="", help="operators with this in their name"
+    )
+    parser.add_argument("--no-reference", action="store_true", help="compiled kernels alone")
 
 
 def dgc_step(x: torch.Tensor, ctx: TensorCtx) -> Arm:
@@ -154,11 +172,17 @@ def measure(options: argparse.Namespace) -> Result:
         "DGC step, 1 %, in parts": dgc_step_in_parts(x, ctx),
     }
     result = Result("kernels", {"elements": n, **native.status()})
+
+    def chosen(every: dict[str, Arm]) -> dict[str, Arm]:
+        return {**copy, **{name: arm for name, arm in every.items() if options.only in name}}
+
     for threads in (1, 2):
         torch.set_num_threads(threads)
         title = f"{threads} thread{'s' if threads > 1 else ''}"
-        fast = interleave({**copy, **arms(ops, x, out), **top_k}, rounds, 1, lambda: None)
-        slow = interleave({**copy, **arms(reference, x, out)}, slow_rounds, 1, lambda: None)
+        fast = interleave(chosen({**arms(ops, x, out), **top_k}), rounds, 1, lambda: None)
+        slow = {}
+        if not options.no_reference:
+            slow = interleave(chosen(arms(reference, x, out)), slow_rounds, 1, lambda: None)
         rows = []
         for name, timing in fast.items():
             ratio = Ratio.of(timing, fast["memcpy"])

@@ -30,25 +30,62 @@ COMMKIT_TARGET void pack_signs(const float *x, int64_t n, uint8_t *bits) {
   loops::pack_signs(x + whole, n - whole, bits + whole / 8);
 }
 
+// The lanes of loops::encode_signs.
+struct Sizes {
+  __m256d sums[4];
+
+  // Eight elements: the first or the second half of the lanes.
+  COMMKIT_TARGET void add(__m256 x, int half) {
+    const __m256 size = magnitude(x);
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(size));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(size, 1));
+    sums[2 * half] = _mm256_add_pd(sums[2 * half], low);
+    sums[2 * half + 1] = _mm256_add_pd(sums[2 * half + 1], high);
+  }
+
+  // With the n elements of x from `whole` on.
+  COMMKIT_TARGET double finish(const float *x, int64_t whole, int64_t n) const {
+    double lanes[loops::kLanes];
+    for (int q = 0; q < 4; ++q)
+      _mm256_storeu_pd(lanes + 4 * q, sums[q]);
+    return loops::finish_l1(lanes, x, whole, n);
+  }
+};
+
 COMMKIT_TARGET double encode_signs(const float *x, int64_t n, uint8_t *bits) {
-  __m256d sums[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(),
-                     _mm256_setzero_pd()};
+  Sizes sizes = {};
   const int64_t whole = n - n % loops::kLanes;
   for (int64_t i = 0; i < whole; i += loops::kLanes)
     for (int half = 0; half < 2; ++half) {
       const __m256 v = _mm256_loadu_ps(x + i + 8 * half);
       bits[i / 8 + half] = sign_byte(v);
-      const __m256 size = magnitude(v);
-      const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(size));
-      const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(size, 1));
-      sums[2 * half] = _mm256_add_pd(sums[2 * half], low);
-      sums[2 * half + 1] = _mm256_add_pd(sums[2 * half + 1], high);
+      sizes.add(v, half);
     }
-  double lanes[loops::kLanes];
-  for (int q = 0; q < 4; ++q)
-    _mm256_storeu_pd(lanes + 4 * q, sums[q]);
   loops::pack_signs(x + whole, n - whole, bits + whole / 8);
-  return loops::finish_l1(lanes, x, whole, n);
+  return sizes.finish(x, whole, n);
+}
+
+COMMKIT_TARGET double compensate_and_encode(float *residual, const float *g, int64_t n, float decay,
+                                            float sent, uint8_t *bits) {
+  Sizes sizes = {};
+  const __m256 share = _mm256_set1_ps(decay), zero = _mm256_setzero_ps();
+  const __m256 below = _mm256_set1_ps(sent), above = _mm256_set1_ps(-sent);
+  const int64_t whole = n - n % loops::kLanes;
+  for (int64_t i = 0; i < whole; i += loops::kLanes)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = i + 8 * half;
+      const __m256 before = _mm256_loadu_ps(residual + at);
+      const __m256 taken = _mm256_blendv_ps(below, above, _mm256_cmp_ps(before, zero, _CMP_GE_OQ));
+      const __m256 left = _mm256_mul_ps(_mm256_add_ps(before, taken), share);
+      const __m256 v = _mm256_add_ps(left, _mm256_loadu_ps(g + at)); // rounded thrice, as everywhere
+      _mm256_storeu_ps(residual + at, v);
+      bits[at / 8] = sign_byte(v);
+      sizes.add(v, half);
+    }
+  for (int64_t i = whole; i < n; ++i)
+    residual[i] = loops::compensated(residual[i], g[i], decay, sent);
+  loops::pack_signs(residual + whole, n - whole, bits + whole / 8);
+  return sizes.finish(residual, whole, n);
 }
 
 // Moves bit 8 j + k of a word to the sign of lane k.
@@ -313,7 +350,7 @@ COMMKIT_TARGET void widen_float16(const uint16_t *x, int64_t n, float *out) {
 }
 
 const Table kTable = {
-    "avx2",       pack_signs,        encode_signs,       sum_signs,
+    "avx2",       pack_signs,        encode_signs,       compensate_and_encode, sum_signs,
     peak,         round_nearest,     round_randomly,     round_e3m0,
     pack_nibbles, unpack_nibbles,    scale_codes,        add_scaled_codes,
     scale_levels, add_scaled_levels, add,                noise,

@@ -11,6 +11,10 @@ void pack_signs(const float *x, int64_t n, uint8_t *bits) { loops::pack_signs(x,
 double encode_signs(const float *x, int64_t n, uint8_t *bits) {
   return loops::encode_signs(x, n, bits);
 }
+double compensate_and_encode(float *residual, const float *g, int64_t n, float decay, float sent,
+                             uint8_t *bits) {
+  return loops::compensate_and_encode(residual, g, n, decay, sent, bits);
+}
 void sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *scales, int rows,
                bool accumulate) {
   loops::sum_signs(out, 0, n, bits, scales, rows, accumulate);
@@ -41,7 +45,7 @@ void mix_rows(const float *shares, int64_t lines, const int32_t *which, int64_t 
 void widen_float16(const uint16_t *x, int64_t n, float *out) { loops::widen_float16(x, n, out); }
 
 const Table kTable = {
-    "baseline",   pack_signs,        encode_signs,       sum_signs,
+    "baseline",   pack_signs,        encode_signs,       compensate_and_encode, sum_signs,
     peak,         round_nearest,     round_randomly,     round_e3m0,
     pack_nibbles, unpack_nibbles,    scale_codes,        add_scaled_codes,
     scale_levels, add_scaled_levels, add,                noise,

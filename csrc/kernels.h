@@ -13,7 +13,7 @@
 
 // Bumped with every change of a signature below: a library left over from another build is not
 // used.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 // Dtypes of inputs.
 enum CommkitDtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -38,6 +38,21 @@ COMMKIT_API void ck_encode_signs(const void *x, int dtype, int64_t n, uint8_t *b
 // out[i] = (accumulate ? out[i] : 0) + (scales[0] sgn_0[i] + scales[1] sgn_1[i] + ...), rows >= 1.
 COMMKIT_API void ck_sum_signs(float *out, int64_t n, const uint8_t *const *bits,
                               const float *scales, int rows, int accumulate, int threads);
+
+// Of `count` tensors at once, each with sizes[i] elements and dtypes[i]. The signs of one begin at the
+// byte after those of the one before; scales[i] is the mean of |x|. With residuals, which may be null
+// as `sent` may, x is first made residuals[i] = residuals[i] (less sent[i] where it is not below 0,
+// plus that where it is) * decay + x.
+COMMKIT_API void ck_foreach_encode_signs(uint8_t *bits, float *scales, const void *const *xs,
+                                         const int *dtypes, const int64_t *sizes, int64_t count,
+                                         float *const *residuals, float decay, const float *sent,
+                                         int threads);
+
+// ck_sum_signs into each of `count` tensors, of signs as ck_foreach_encode_signs leaves them; the
+// scale of row r for tensor i is scales[r * count + i].
+COMMKIT_API void ck_foreach_sum_signs(const float *scales, const uint8_t *const *bits, int rows,
+                                      float *const *outs, const int64_t *sizes, int64_t count,
+                                      int accumulate, int threads);
 
 // codes: n bytes of kInt8, else (n + 1) / 2, where block_size must be even. keys: the two of the
 // noise, or null to round to nearest.

@@ -64,6 +64,18 @@ COMMKIT_INLINE double encode_signs(const float *x, int64_t n, uint8_t *bits) {
   return finish_l1(lanes, x, whole, n);
 }
 
+// What is left of a residual, of which its sign times `sent` was taken, and g.
+COMMKIT_INLINE float compensated(float residual, float g, float decay, float sent) {
+  return (residual + (residual >= 0 ? -sent : sent)) * decay + g;
+}
+
+COMMKIT_INLINE double compensate_and_encode(float *residual, const float *g, int64_t n, float decay,
+                                            float sent, uint8_t *bits) {
+  for (int64_t i = 0; i < n; ++i)
+    residual[i] = compensated(residual[i], g[i], decay, sent);
+  return encode_signs(residual, n, bits);
+}
+
 COMMKIT_INLINE float signed_scale(const uint8_t *bits, int64_t i, float scale) {
   return (bits[i / 8] >> (i % 8)) & 1 ? scale : -scale;
 }

@@ -10,7 +10,6 @@ from .definitions import NAMESPACE, OPS
 from .functions import (
     accumulate_blocks_,
     accumulate_e3m0_,
-    accumulate_signs_,
     combine_tiles_,
     correct_momentum_,
     dequantize_blocks,
@@ -18,12 +17,10 @@ from .functions import (
     dequantize_e3m0,
     dequantize_natural,
     dgc_step_,
-    encode_signs,
     frozen_adam_,
     largest_of_rows,
     pack_codes,
     pack_nibbles,
-    pack_signs,
     pack_ternary,
     quantize_blocks,
     quantize_buckets,
@@ -39,14 +36,24 @@ from .functions import (
     uniform_noise,
     unpack_codes,
     unpack_nibbles,
-    unpack_signs,
     unpack_ternary,
     write_blocks_,
     write_e3m0_,
-    write_signs_,
 )
 from .native import empty
 from .selection import largest_from
+from .sign_functions import (
+    accumulate_signs_,
+    encode_signs,
+    encode_signs_compensated_,
+    foreach_accumulate_signs_,
+    foreach_encode_signs_,
+    foreach_encode_signs_compensated_,
+    foreach_write_signs_,
+    pack_signs,
+    unpack_signs,
+    write_signs_,
+)
 
 native.register()
 
@@ -91,4 +98,9 @@ __all__ = [
     "write_blocks_",
     "write_e3m0_",
     "write_signs_",
+    "encode_signs_compensated_",
+    "foreach_accumulate_signs_",
+    "foreach_encode_signs_",
+    "foreach_encode_signs_compensated_",
+    "foreach_write_signs_",
 ]

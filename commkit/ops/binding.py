@@ -98,6 +98,11 @@ def cuda_function(name: str, device: torch.device) -> Any:
     return getattr(_backends[device.type].library, name)
 
 
+def workspace(device: torch.device, function: str, *sizes: int) -> Tensor:
+    """Memory for what is between two launches, of the size that a function of the CUDA library says."""
+    return empty((cuda_function(function, device)(*sizes),), torch.uint8, device)
+
+
 def scalar(x: Tensor) -> Any:
     """An argument of one float32, as the library for its device takes it."""
     return _backends[x.device.type].scalar(x)

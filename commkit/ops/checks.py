@@ -14,6 +14,54 @@ def check_sign_rows(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None
     _check("scales", scales, len(bits), out.dtype, out.device)
 
 
+def check_compensation(
+    residuals: Sequence[Tensor], gradients: Sequence[Tensor], sent: Tensor | None
+) -> None:
+    """Residuals are written while gradients are read."""
+    if len(residuals) != len(gradients):
+        raise ValueError(f"residuals has {len(residuals)} tensors for {len(gradients)} gradients")
+    for i, (residual, gradient) in enumerate(zip(residuals, gradients, strict=True)):
+        place = f"[{i}]" if len(residuals) > 1 else ""
+        check_alike(f"gradient{place}", gradient, {f"residual{place}": residual})
+        if gradient.numel() and residual.data_ptr() == gradient.data_ptr():
+            raise ValueError(f"residual{place} is the memory of gradient, and must have its own")
+    if sent is not None and residuals:
+        _check("sent", sent, len(residuals), torch.float32, residuals[0].device)
+
+
+def check_sign_output(bits: Tensor, scales: Tensor, name: str, xs: Sequence[Tensor]) -> None:
+    """Room for the signs and the scales of ``xs``."""
+    for i, x in enumerate(xs):
+        check_floats(f"{name}[{i}]", x)
+        if x.device != bits.device:
+            raise ValueError(
+                f"{name}[{i}] is on {x.device} and must be on {bits.device}, as bits is"
+            )
+    _check("bits", bits, _sign_bytes(xs), torch.uint8, bits.device)
+    _check("scales", scales, len(xs), torch.float32, bits.device)
+
+
+def check_foreach_sign_rows(outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor) -> None:
+    for i, out in enumerate(outs):
+        check_floats(f"outs[{i}]", out)
+        if (out.dtype, out.device) != (outs[0].dtype, scales.device):
+            raise ValueError(
+                f"outs[{i}] is of {out.dtype} on {out.device} and must be of {outs[0].dtype} on "
+                f"{scales.device}, as outs[0] and scales are"
+            )
+    _check_rows("bits", bits, _sign_bytes(outs), torch.uint8, scales.device)
+    if scales.dtype != torch.float32:
+        raise TypeError(f"scales is of {scales.dtype} and must be of {torch.float32}")
+    if scales.shape != (len(bits), len(outs)):
+        raise ValueError(
+            f"scales has shape {tuple(scales.shape)} and must have {(len(bits), len(outs))}"
+        )
+
+
+def _sign_bytes(xs: Sequence[Tensor]) -> int:
+    return sum((x.numel() + 7) // 8 for x in xs)
+
+
 def check_block_rows(
     out: Tensor,
     codes: Sequence[Tensor],

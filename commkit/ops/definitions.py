@@ -25,6 +25,12 @@ def _fake_encode_signs(x: Tensor) -> tuple[Tensor, Tensor]:
     return _fake_pack_signs(x), x.new_empty(1, dtype=torch.float32)
 
 
+def _fake_encode_signs_compensated(
+    residual: Tensor, gradient: Tensor, decay: float, sent: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _fake_encode_signs(gradient)
+
+
 def _fake_pack_ternary(codes: Tensor) -> Tensor:
     return codes.new_empty((codes.numel() + 3) // 4, dtype=torch.uint8)
 
@@ -118,7 +124,12 @@ def _fake_in_place(*arguments: Any) -> None:
     return None
 
 
+_FOREACH_COMPENSATED = (
+    "(Tensor(a!) bits, Tensor(b!) scales, Tensor(c!)[] residuals, Tensor[] gradients, float decay, "
+    "Tensor? sent) -> ()"
+)
 _SUM_SIGNS = "(Tensor(a!) out, Tensor[] bits, Tensor scales) -> ()"
+_FOREACH_SUM_SIGNS = "(Tensor(a!)[] outs, Tensor[] bits, Tensor scales) -> ()"
 _SUM_BLOCKS = (
     "(Tensor(a!) out, Tensor[] codes, Tensor[] scales, int bits, int block_size, int divisor) -> ()"
 )
@@ -140,6 +151,17 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "encode_signs": ("(Tensor x) -> (Tensor, Tensor)", _fake_encode_signs),
     "write_signs_": (_SUM_SIGNS, _fake_in_place),
     "accumulate_signs_": (_SUM_SIGNS, _fake_in_place),
+    "encode_signs_compensated_": (
+        "(Tensor(a!) residual, Tensor gradient, float decay, Tensor? sent) -> (Tensor, Tensor)",
+        _fake_encode_signs_compensated,
+    ),
+    "foreach_encode_signs_": (
+        "(Tensor(a!) bits, Tensor(b!) scales, Tensor[] xs) -> ()",
+        _fake_in_place,
+    ),
+    "foreach_encode_signs_compensated_": (_FOREACH_COMPENSATED, _fake_in_place),
+    "foreach_write_signs_": (_FOREACH_SUM_SIGNS, _fake_in_place),
+    "foreach_accumulate_signs_": (_FOREACH_SUM_SIGNS, _fake_in_place),
     "ternarize": ("(Tensor x, Tensor scale, int seed) -> Tensor", _fake_ternarize),
     "pack_ternary": ("(Tensor codes) -> Tensor", _fake_pack_ternary),
     "unpack_ternary": ("(Tensor packed, SymInt numel, ScalarType dtype) -> Tensor", _fake_unpack),

@@ -16,7 +16,6 @@ from .checks import (
     check_correction,
     check_floats,
     check_k,
-    check_sign_rows,
     check_tiles,
 )
 
@@ -26,44 +25,6 @@ _ops = torch.ops.commkit
 def uniform_noise(numel: int, seed: int, device: torch.device) -> Tensor:
     """(numel,) float32 uniform in [0, 1), a pure function of (seed, index) on every device."""
     return cast(Tensor, _ops.uniform_noise(numel, seed, device))
-
-
-def pack_signs(x: Tensor) -> Tensor:
-    """(n,) float -> (ceil(n/8),) uint8; bit k of byte j is ``x[8 j + k] >= 0``."""
-    return cast(Tensor, _ops.pack_signs(x))
-
-
-def unpack_signs(bits: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`pack_signs`: (numel,) of -1 and +1 in ``dtype``."""
-    return cast(Tensor, _ops.unpack_signs(bits, numel, dtype))
-
-
-def encode_signs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) float -> the bits of :func:`pack_signs`, and mean|x| as (1,) float32, in one pass. The mean is
-    not finite if ``x`` is not."""
-    return cast(tuple[Tensor, Tensor], _ops.encode_signs(x))
-
-
-def write_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
-    """``out = sum_i scales[i] * sgn_i`` in place, in this order and without temporaries.
-
-    Args:
-        out: (n,) of floats.
-        bits: one or more results of :func:`pack_signs` of n elements.
-        scales: one for each, of the dtype of ``out``.
-
-    Raises:
-        TypeError, ValueError: a wrong dtype or size; the message names the argument.
-    """
-    check_sign_rows(out, bits, scales)
-    _ops.write_signs_(out, bits, scales)
-
-
-def accumulate_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
-    """``out += sum_i scales[i] * sgn_i``, otherwise as :func:`write_signs_`. The sum is formed first, so
-    that one row of negative scale is a subtraction, bit for bit."""
-    check_sign_rows(out, bits, scales)
-    _ops.accumulate_signs_(out, bits, scales)
 
 
 def ternarize(x: Tensor, scale: Tensor, seed: int) -> Tensor:

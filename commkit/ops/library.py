@@ -7,7 +7,7 @@ import os
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
-INTERFACE = 3  # of csrc/kernels.h
+INTERFACE = 4  # of csrc/kernels.h
 PATH = Path(__file__).with_name("_kernels.so")
 MODES = ("auto", "0", "1")
 LEVELS = ("baseline", "avx2", "avx512")
@@ -24,6 +24,14 @@ _SIGNATURES: Signatures = {
     "ck_prefer_huge_pages": ([_POINTER, c_int64], None),
     "ck_encode_signs": ([*_INPUT, _POINTER, POINTER(c_double), c_int], None),
     "ck_sum_signs": ([_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int], None),
+    "ck_foreach_encode_signs": (
+        [*[_POINTER] * 5, c_int64, _POINTER, c_float, _POINTER, c_int],
+        None,
+    ),
+    "ck_foreach_sum_signs": (
+        [_POINTER, _POINTER, c_int, _POINTER, _POINTER, c_int64, c_int, c_int],
+        None,
+    ),
     "ck_quantize_blocks": ([*_INPUT, c_int, c_int64, _POINTER, _POINTER, _POINTER, c_int], None),
     "ck_sum_blocks": (
         [_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int64, c_int, c_int, c_int],

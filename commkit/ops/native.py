@@ -16,7 +16,9 @@ from . import (  # noqa: F401  (they fill KERNELS)
     binding,
     native_codes,
     native_cuda,
+    native_cuda_signs,
     native_selection,
+    native_signs,
     native_tiles,
     native_updates,
 )

@@ -1,10 +1,8 @@
-"""Compiled kernels of codes: signs, fields of a byte, blocks with a scale."""
+"""Compiled kernels of codes: fields of a byte, blocks with a scale."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,65 +23,6 @@ from .binding import (
 )
 
 _E3M0 = 3  # of csrc/kernels.h; the other codes are called by their bits
-
-
-def _encode_signs(x: Tensor, l1: Any) -> Tensor:
-    bits = empty(((x.numel() + 7) // 8,), torch.uint8, x.device)
-    run("ck_encode_signs", x, DTYPES[x.dtype], x.numel(), bits, l1)
-    return bits
-
-
-@kernel()
-def pack_signs(x: Tensor) -> Tensor:
-    """float32, bfloat16, float16."""
-    return _encode_signs(x, None) if flat(x) else reference.pack_signs(x)
-
-
-@kernel()
-def encode_signs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32, bfloat16, float16. The mean is summed up in float64."""
-    if not flat(x):
-        return reference.encode_signs(x)
-    l1 = ctypes.c_double()
-    bits = _encode_signs(x, ctypes.byref(l1))
-    return bits, torch.tensor([l1.value / max(x.numel(), 1)], dtype=torch.float32)
-
-
-def _sum_signs(out: Tensor, bits: Sequence[Tensor], scales: Tensor, accumulate: bool) -> bool:
-    n, size = out.numel(), (out.numel() + 7) // 8
-    if not (
-        flat(out, torch.float32)
-        and 1 <= len(bits) <= max_rows(out.device)
-        and fits(scales, len(bits), torch.float32, out.device)
-        and all(fits(row, size, torch.uint8, out.device) for row in bits)
-    ):
-        return False
-    run("ck_sum_signs", out, n, list(bits), scales, len(bits), accumulate)
-    return True
-
-
-@kernel("CPU", "CUDA")
-def write_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
-    """float32."""
-    if not _sum_signs(out, bits, scales, False):
-        reference.write_signs_(out, bits, scales)
-
-
-@kernel("CPU", "CUDA")
-def accumulate_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
-    """float32."""
-    if not _sum_signs(out, bits, scales, True):
-        reference.accumulate_signs_(out, bits, scales)
-
-
-@kernel("CPU", "CUDA")
-def unpack_signs(bits: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """float32."""
-    if dtype == torch.float32:
-        out = empty((numel,), torch.float32, bits.device)
-        if _sum_signs(out, [bits], torch.ones(1, device=bits.device), False):
-            return out
-    return reference.unpack_signs(bits, numel, dtype)
 
 
 @kernel("BackendSelect")

@@ -7,42 +7,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .binding import DTYPES, cuda_function, empty, fits, flat, is_scalar, kernel, run
+from .binding import DTYPES, empty, fits, flat, is_scalar, kernel, run, workspace
 from .native_selection import largest_of_rows
 from .native_updates import correct_momentum_, serves_correction
 from .selection import largest_from, ranks_around, sample_of
 
 
-def _workspace(device: torch.device, function: str, *sizes: int) -> Tensor:
-    return empty((cuda_function(function, device)(*sizes),), torch.uint8, device)
-
-
-@kernel("CUDA")
-def pack_signs(x: Tensor) -> Tensor:
-    """float32, bfloat16, float16."""
-    if not flat(x):
-        return reference.pack_signs(x)
-    bits = empty(((x.numel() + 7) // 8,), torch.uint8, x.device)
-    run("ck_encode_signs", x, DTYPES[x.dtype], x.numel(), bits, None, None)
-    return bits
-
-
-@kernel("CUDA")
-def encode_signs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32, bfloat16, float16. The mean is summed up in float64, in the same order on any GPU."""
-    if not flat(x):
-        return reference.encode_signs(x)
-    n = x.numel()
-    bits = empty(((n + 7) // 8,), torch.uint8, x.device)
-    mean = empty((1,), torch.float32, x.device)
-    sums = _workspace(x.device, "ck_cuda_encode_signs_workspace", n)
-    run("ck_encode_signs", x, DTYPES[x.dtype], n, bits, mean, sums)
-    return bits, mean
-
-
 def _ranked(x: Tensor, first: int, stride: int, rank: int) -> Tensor:
     found = empty((), torch.float32, x.device)
-    counts = _workspace(x.device, "ck_cuda_ranked_magnitude_workspace")
+    counts = workspace(x.device, "ck_cuda_ranked_magnitude_workspace")
     run("ck_ranked_magnitude", x, DTYPES[x.dtype], x.numel(), first, stride, rank, found, counts)
     return found
 
@@ -70,7 +43,7 @@ def select_at_least(x: Tensor, threshold: Tensor) -> Tensor:
     if not (flat(x) and is_scalar(threshold, x.device)):
         return reference.select_at_least(x, threshold)
     n = x.numel()
-    marks = _workspace(x.device, "ck_cuda_select_workspace", n)
+    marks = workspace(x.device, "ck_cuda_select_workspace", n)
     run("ck_select_at_least", x, DTYPES[x.dtype], n, threshold, marks)
     return _take(marks, n)
 
@@ -103,7 +76,7 @@ def dgc_step_(
     own_u, own_v = (empty(part.shape, torch.float32, g.device) for _ in range(2))
     correct_momentum_(own_u, own_v, part, *before, momentum, nesterov)
     threshold = _ranked(own_v, 0, 1, rank)
-    marks = _workspace(g.device, "ck_cuda_select_workspace", n)
+    marks = workspace(g.device, "ck_cuda_select_workspace", n)
     how = velocity, unsent, momentum, nesterov
     run("ck_correct_and_select", g, DTYPES[g.dtype], n, *how, threshold, u, v, marks)
     places = largest_from(v, k, threshold, _take(marks, n), select_at_least, largest_of_rows)

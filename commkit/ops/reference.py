@@ -1,6 +1,6 @@
 """Pure-torch kernels: the meaning of every op, and what every other kernel is compared with.
 
-The codes are here, the rest in ``noise``, ``selection``, ``tiles`` and ``updates``. Tensors are 1-D. Integer
+The codes are here, the rest in ``noise``, ``selection``, ``signs``, ``tiles`` and ``updates``. Tensors are 1-D. Integer
 arithmetic wraps. Nothing here draws from torch's global generator: randomness is a hash of (seed, element
 index), the same on every device.
 """
@@ -20,26 +20,29 @@ from .selection import sample_threshold as sample_threshold
 from .selection import scatter_accumulate_ as scatter_accumulate_
 from .selection import select_at_least as select_at_least
 from .selection import stratified_indices as stratified_indices
+from .signs import accumulate_signs_ as accumulate_signs_
+from .signs import encode_signs as encode_signs
+from .signs import encode_signs_compensated_ as encode_signs_compensated_
+from .signs import foreach_accumulate_signs_ as foreach_accumulate_signs_
+from .signs import foreach_encode_signs_ as foreach_encode_signs_
+from .signs import foreach_encode_signs_compensated_ as foreach_encode_signs_compensated_
+from .signs import foreach_write_signs_ as foreach_write_signs_
+from .signs import pack_signs as pack_signs
+from .signs import unpack_signs as unpack_signs
+from .signs import write_signs_ as write_signs_
 from .tiles import combine_tiles_ as combine_tiles_
 from .updates import correct_momentum_ as correct_momentum_
 from .updates import dgc_step_ as dgc_step_
 from .updates import frozen_adam_ as frozen_adam_
 
-# Multiplying by these gathers one bit (two bits) of each byte into the top byte; no two partial products
-# meet, so nothing carries.
-_GATHER_1_OF_8 = sum(1 << (56 - 7 * k) for k in range(8))
+# Multiplying by this gathers two bits of each byte into the top byte; no two partial products meet, so
+# nothing carries.
 _GATHER_2_OF_8 = sum(1 << (24 - 6 * k) for k in range(4))
 
 
 def _pad_to(x: Tensor, multiple: int) -> Tensor:
     missing = -x.numel() % multiple
     return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
-
-
-@functools.lru_cache(maxsize=32)
-def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)
-    return ((bits & 1) * 2 - 1).to(dtype)
 
 
 @functools.lru_cache(maxsize=32)
@@ -58,42 +61,6 @@ def _nibble_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _natural_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     sizes = [0.0, *(math.ldexp(1.0, code - 127) for code in range(1, 128))]
     return torch.tensor([*sizes, *(-size for size in sizes)], dtype=dtype, device=device)
-
-
-def pack_signs(x: Tensor) -> Tensor:
-    """Bit k of byte j is ``x[8 j + k] >= 0`` (so sgn(0) = +1); bits past the end are 0."""
-    flags = _pad_to(x >= 0, 8).view(torch.int64)
-    return ((flags * _GATHER_1_OF_8) >> 56).to(torch.uint8)
-
-
-def unpack_signs(bits: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """(numel,) of -1 and +1."""
-    table = _sign_table(dtype, bits.device)
-    return table.index_select(0, bits.to(torch.int32)).view(-1)[:numel]
-
-
-def encode_signs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The bits of :func:`pack_signs`, and mean|x| as (1,) float32: not finite where ``x`` is not."""
-    work = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = torch.linalg.vector_norm(work, 1) / max(work.numel(), 1)
-    return pack_signs(work), mean.to(torch.float32).view(1)
-
-
-def _sum_signs(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> Tensor:
-    total = unpack_signs(bits[0], out.numel(), out.dtype).mul_(scales[0])
-    for row, scale in zip(bits[1:], scales[1:], strict=True):
-        total.add_(unpack_signs(row, out.numel(), out.dtype).mul_(scale))
-    return total
-
-
-def write_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
-    """``out = scales[0] * sgn_0 + scales[1] * sgn_1 + ...``, added up in this order."""
-    out.copy_(_sum_signs(out, bits, scales))
-
-
-def accumulate_signs_(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None:
-    """``out += scales[0] * sgn_0 + ...``; the sum is formed first."""
-    out.add_(_sum_signs(out, bits, scales))
 
 
 def ternarize(x: Tensor, scale: Tensor, seed: int) -> Tensor:

@@ -9,10 +9,34 @@ struct Rows {
   const uint8_t *bits[kMaxRows];
 };
 
+// Error feedback; without a residual there is none.
+struct Feedback {
+  float *residual;
+  float decay;
+  const float *sent; // may be null
+};
+
+template <bool kWhole>
+GPU_INLINE void compensate_tile(const Feedback &feedback, int64_t n, int64_t tile, Tile &v) {
+  Tile residual;
+  load_tile<kWhole>(feedback.residual, n, tile, residual);
+  const float sent = feedback.sent ? *feedback.sent : 0.0f;
+#pragma unroll
+  for (int u = 0; u < kQuads; ++u)
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (kWhole || quad_begin(tile, u) + k < n)
+        v[u][k] = loops::compensated(residual[u][k], v[u][k], feedback.decay, sent);
+  store_tile<kWhole>(feedback.residual, n, tile, v, false);
+}
+
 template <bool kWhole, class T>
-GPU_INLINE double encode_tile(const T *x, int64_t n, int64_t tile, uint8_t *bits) {
+GPU_INLINE double encode_tile(const T *x, int64_t n, const Feedback &feedback, int64_t tile,
+                              uint8_t *bits) {
   Tile v;
   load_tile<kWhole>(x, n, tile, v);
+  if (feedback.residual)
+    compensate_tile<kWhole>(feedback, n, tile, v);
   uint32_t nibbles[kQuads];
   double sum = 0;
 #pragma unroll
@@ -36,14 +60,15 @@ GPU_INLINE double encode_tile(const T *x, int64_t n, int64_t tile, uint8_t *bits
 
 // Partial sums belong to blocks of a fixed size, and are added in a fixed order.
 template <bool kSum, class T>
-__global__ void encode(const T *x, int64_t n, uint8_t *bits, bool vectors, double *sums) {
+__global__ void encode(const T *x, int64_t n, Feedback feedback, uint8_t *bits, bool vectors,
+                       double *sums) {
   __shared__ double warps[kWarps];
   const int64_t tile = tile_begin();
   double sum = 0;
   if (vectors && tile + kTile <= n)
-    sum = encode_tile<true>(x, n, tile, bits);
+    sum = encode_tile<true>(x, n, feedback, tile, bits);
   else if (tile < n)
-    sum = encode_tile<false>(x, n, tile, bits);
+    sum = encode_tile<false>(x, n, feedback, tile, bits);
   if (!kSum)
     return;
   sum = warp_sum(sum);
@@ -119,23 +144,41 @@ int64_t ck_cuda_encode_signs_workspace(int64_t n) {
   return blocks_for(n) * static_cast<int64_t>(sizeof(double));
 }
 
-int ck_cuda_encode_signs(const void *x, int dtype, int64_t n, uint8_t *bits, float *mean,
-                         void *workspace, void *stream) {
+namespace {
+
+int encode_all(const void *x, int dtype, int64_t n, const Feedback &feedback, uint8_t *bits,
+               float *mean, void *workspace, void *stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   const auto sums = static_cast<double *>(workspace);
   const int64_t blocks = blocks_for(n);
   if (blocks) {
     const int code = with_dtype(x, dtype, [&](auto from) -> int {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
-      const bool vectors = is_aligned<4>(from) && is_aligned<4>(bits);
+      const bool vectors = is_aligned<4>(from) && is_aligned<4>(bits) &&
+                           is_aligned<4>(feedback.residual);
       if (mean)
-        return GPU_LAUNCH((encode<true, T>), blocks, kThreads, queue, from, n, bits, vectors, sums);
-      return GPU_LAUNCH((encode<false, T>), blocks, kThreads, queue, from, n, bits, vectors, sums);
+        return GPU_LAUNCH((encode<true, T>), blocks, kThreads, queue, from, n, feedback, bits,
+                          vectors, sums);
+      return GPU_LAUNCH((encode<false, T>), blocks, kThreads, queue, from, n, feedback, bits,
+                        vectors, sums);
     });
     if (code)
       return code;
   }
   return mean ? GPU_LAUNCH(finish_mean, 1, kFinish, queue, sums, blocks, n, mean) : 0;
+}
+
+} // namespace
+
+int ck_cuda_encode_signs(const void *x, int dtype, int64_t n, uint8_t *bits, float *mean,
+                         void *workspace, void *stream) {
+  return encode_all(x, dtype, n, {}, bits, mean, workspace, stream);
+}
+
+int ck_cuda_encode_signs_compensated(const void *g, int dtype, int64_t n, float *residual,
+                                     float decay, const float *sent, uint8_t *bits, float *mean,
+                                     void *workspace, void *stream) {
+  return encode_all(g, dtype, n, {residual, decay, sent}, bits, mean, workspace, stream);
 }
 
 int ck_cuda_sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *scales,

@@ -44,6 +44,12 @@ def moved(x: Any, device: torch.device) -> Any:
     return memory[at:].view(x.shape).copy_(x)
 
 
+def listed(x: Any) -> list[torch.Tensor]:
+    """The tensors of an argument."""
+    parts = x if isinstance(x, list | tuple) else [x]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
 class Elsewhere:
     """The operators of ``ops``, run on another device and brought back."""
 
@@ -56,8 +62,8 @@ class Elsewhere:
             result = getattr(torch.ops.commkit, name)(*there)
             if name.endswith("_"):
                 for here, x in zip(arguments, there, strict=True):
-                    if isinstance(here, torch.Tensor):
-                        here.copy_(x)
+                    for own, result_there in zip(listed(here), listed(x), strict=True):
+                        own.copy_(result_there)
             return moved(result, torch.device("cpu"))
 
         return call

@@ -4,6 +4,7 @@ threads and the instruction set."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -56,6 +57,62 @@ def codes(n: int, top: int) -> torch.Tensor:
 def rows(n: int, count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     bits = [reference.pack_signs(finite(n) - r) for r in range(count)]
     return bits, torch.tensor([0.3, -1.7, 0.0, 1e-30, 7.1][:count])
+
+
+def compensated(
+    n: int, dtype: torch.dtype, decay: float, sent: float | None
+) -> Callable[[Any], tuple[torch.Tensor, ...]]:
+    """The residual and the bits; means are as near as the reference's, not the same."""
+    scale = None if sent is None else torch.tensor([sent])
+
+    def call(module: Any) -> tuple[torch.Tensor, ...]:
+        residual = finite(n, torch.promote_types(dtype, torch.float32)).flip(0) * 3
+        gradient = finite(n, dtype)
+        bits, _ = module.encode_signs_compensated_(residual, gradient, decay, scale)
+        return residual, bits
+
+    return call
+
+
+def parts(x: torch.Tensor) -> list[torch.Tensor]:
+    """Neighbours of very different sizes, with none of a vector's alignment."""
+    n = x.numel()
+    ends = sorted({0, n // 100, n // 3, n // 2, n})
+    return [x[:0], *(x[a:b] for a, b in pairwise(ends)), x[n:]]
+
+
+def foreach_encoded(
+    n: int, dtype: torch.dtype, sent: bool | None
+) -> Callable[[Any], tuple[torch.Tensor, ...]]:
+    """The bits of many tensors, and their residuals if ``sent`` says whether that is given."""
+
+    def call(module: Any) -> tuple[torch.Tensor, ...]:
+        residual = finite(n, torch.promote_types(dtype, torch.float32)).flip(0) * 3
+        xs, residuals = parts(finite(n, dtype)), parts(residual)
+        bits = torch.full((sum(-(-x.numel() // 8) for x in xs),), 77, dtype=torch.uint8)
+        scales = torch.full((len(xs),), torch.nan)
+        if sent is None:
+            module.foreach_encode_signs_(bits, scales, xs)
+        else:
+            own = torch.arange(len(xs)) * 0.3 if sent else None
+            module.foreach_encode_signs_compensated_(bits, scales, residuals, xs, 0.9, own)
+        assert not scales.isnan().any()
+        return bits, residual
+
+    return call
+
+
+def foreach_summed(
+    name: str, n: int, count: int, dtype: torch.dtype = torch.float32
+) -> Callable[[Any], torch.Tensor]:
+    def call(module: Any) -> torch.Tensor:
+        out = finite(n, dtype)
+        outs = parts(out)
+        bits, scales = rows(8 * sum(-(-x.numel() // 8) for x in outs), count)
+        getattr(module, name)(outs, bits, torch.outer(scales, torch.arange(len(outs)) - 1.3))
+        return out
+
+    return call
 
 
 def blocks(n: int, bits: int, count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -158,6 +215,27 @@ EXACT: dict[str, Callable[[int], Callable[[Any], Result]]] = {
         f"{name} {count}": lambda n, a=name, c=count: in_place(a, n, *rows(n, c))
         for name in ("write_signs_", "accumulate_signs_")
         for count in (1, 2, 5)
+    },
+    **{
+        f"encode_signs_compensated_ {decay} {sent} {dtype}": (
+            lambda n, d=dtype, a=decay, s=sent: compensated(n, d, a, s)
+        )
+        for dtype in DTYPES
+        for decay, sent in ((1.0, None), (0.9, 0.7))
+    },
+    **{
+        f"{name} {dtype}": lambda n, d=dtype, s=sent: foreach_encoded(n, d, s)
+        for dtype in DTYPES
+        for name, sent in (
+            ("foreach_encode_signs_", None),
+            ("foreach_encode_signs_compensated_", False),
+            ("foreach_encode_signs_compensated_ after", True),
+        )
+    },
+    **{
+        f"{name} {count} {dtype}": (lambda n, a=name, c=count, d=dtype: foreach_summed(a, n, c, d))
+        for name in ("foreach_write_signs_", "foreach_accumulate_signs_")
+        for count, dtype in ((1, torch.float32), (5, torch.float32), (2, torch.float64))
     },
     **{
         f"quantize_blocks {bits} {stochastic} {dtype}": lambda n, b=bits, s=stochastic, d=dtype: (

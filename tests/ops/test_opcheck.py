@@ -16,6 +16,9 @@ FLOATS = torch.randn(1000, generator=_GENERATOR)
 LEVELS = torch.linspace(-1, 1, 16)
 TERNARY = torch.randint(-1, 2, (1001,), generator=_GENERATOR).to(torch.int8)
 
+TWO = ([torch.ones(9), torch.ones(12)], [FLOATS[:9], FLOATS[9:21]])
+FOUR_BYTES = ops.pack_signs(FLOATS[:32])
+
 SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "uniform_noise": [(0, 1, CPU), (100, 2**40, CPU)],
     "pack_signs": [(FLOATS,), (FLOATS[:9].double(),), (FLOATS[:0],), (FLOATS.bfloat16(),)],
@@ -31,6 +34,32 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
             for rows, dtype in ((1, torch.float32), (3, torch.float32), (2, torch.float64))
         ]
         for name in ("write_signs_", "accumulate_signs_")
+    },
+    "encode_signs_compensated_": [
+        (torch.ones(9, dtype=work), FLOATS[:9].to(dtype), decay, sent)
+        for dtype, work in (
+            (torch.float32, torch.float32),
+            (torch.half, torch.float32),
+            (torch.double, torch.double),
+        )
+        for decay, sent in ((1.0, None), (0.9, FLOATS[:1]))
+    ],
+    "foreach_encode_signs_": [
+        (torch.zeros(4, dtype=torch.uint8), torch.zeros(2), [FLOATS[:9].to(dtype), FLOATS[9:21]])
+        for dtype in (torch.float32, torch.half, torch.double)
+    ],
+    "foreach_encode_signs_compensated_": [
+        (torch.zeros(4, dtype=torch.uint8), torch.zeros(2), *TWO, 0.9, sent)
+        for sent in (None, FLOATS[:2])
+    ],
+    **{
+        name: [
+            ([torch.ones(9, dtype=dtype), torch.ones(12, dtype=dtype)], [FOUR_BYTES] * rows, scales)
+            for dtype in (torch.float32, torch.float64)
+            for rows in (1, 3)
+            for scales in [FLOATS[: 2 * rows].view(rows, 2)]
+        ]
+        for name in ("foreach_write_signs_", "foreach_accumulate_signs_")
     },
     "ternarize": [(FLOATS, FLOATS.abs().amax(), 3)],
     "pack_ternary": [(TERNARY,), (TERNARY[:0],)],
