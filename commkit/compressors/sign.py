@@ -42,19 +42,21 @@ class Sign(Compressor):
         flat = x.reshape(-1)
         if self.scale == "l1":
             return ops.encode_signs(flat)
-        flat = flat.to(ctx.work_dtype)
-        size = ops.two_norm(flat) / max(flat.numel(), 1) ** 0.5
-        return ops.pack_signs(flat), size.to(torch.float32).view(1)
+        return ops.pack_signs(flat), _rms(flat, ctx).view(1)
 
     def compress_each(
         self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], salt: int = 0
     ) -> list[Payload]:
-        if self.scale != "l1" or len(xs) < 2:
-            return super().compress_each(xs, ctxs, salt)
+        # Of float64 there is no kernel, and among others it would take them to the reference's rounding.
+        if len(xs) < 2 or any(x.dtype == torch.float64 for x in xs):
+            return Compressor.compress_each(self, xs, ctxs, salt)
+        flats = [x.reshape(-1) for x in xs]
         lengths = [-(-x.numel() // 8) for x in xs]
         bits = torch.empty(sum(lengths), dtype=torch.uint8, device=xs[0].device)
         sizes = torch.empty(len(xs), dtype=torch.float32, device=xs[0].device)
-        ops.foreach_encode_signs_(bits, sizes, [x.reshape(-1) for x in xs])
+        ops.foreach_encode_signs_(bits, sizes, flats)
+        if self.scale == "rms":
+            sizes = torch.stack([_rms(x, ctx) for x, ctx in zip(flats, ctxs, strict=True)])
         return list(zip(bits.split_with_sizes(lengths), sizes.split(1), strict=True))
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
@@ -76,7 +78,7 @@ class Sign(Compressor):
         ctxs: Sequence[TensorCtx],
     ) -> None:
         if not _together(outs):
-            super().combine_each_into(outs, payloads, ctxs)
+            Compressor.combine_each_into(self, outs, payloads, ctxs)
             return
         rows = list(zip(*payloads, strict=True))
         bits, sizes = zip(*(_joined(row) for row in rows), strict=True)
@@ -86,7 +88,7 @@ class Sign(Compressor):
         self, xs: Sequence[Tensor], payloads: Sequence[Payload], ctxs: Sequence[TensorCtx]
     ) -> None:
         if not _together(xs):
-            super().subtract_each_(xs, payloads, ctxs)
+            Compressor.subtract_each_(self, xs, payloads, ctxs)
             return
         bits, sizes = _joined(payloads)
         ops.foreach_accumulate_signs_(xs, [bits], -sizes.unsqueeze(0))
@@ -97,6 +99,12 @@ class Sign(Compressor):
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         return -(-ctx.numel // 8) + 4
+
+
+def _rms(flat: Tensor, ctx: TensorCtx) -> Tensor:
+    """0-d float32."""
+    norm = ops.two_norm(flat.to(ctx.work_dtype))
+    return (norm / max(flat.numel(), 1) ** 0.5).to(torch.float32)
 
 
 def _together(xs: Sequence[Tensor]) -> bool:

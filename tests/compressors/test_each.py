@@ -1,0 +1,68 @@
+"""Many tensors in one call give the bits of one call for each, whatever their sizes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from commkit.compressors import BlockQuantize, Sign
+from commkit.types import Compressor, TensorCtx
+
+MAKE: dict[str, Callable[[], Compressor]] = {
+    "sign l1": Sign,
+    "sign rms": lambda: Sign("rms"),
+    "int8": lambda: BlockQuantize(bits=8),
+}
+
+
+def contexts(xs: list[Tensor]) -> list[TensorCtx]:
+    return [TensorCtx(f"x{i}", x.shape, x.dtype, x.device, 3, 5) for i, x in enumerate(xs)]
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,), (torch.float32, torch.float64, torch.bfloat16)]
+)
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(0, 70), max_size=6), ranks=st.integers(1, 3))
+def test_together_is_one_by_one(
+    make: Callable[[], Compressor], dtypes: tuple[torch.dtype, ...], sizes: list[int], ranks: int
+) -> None:
+    compressor = make()
+    generator = torch.Generator().manual_seed(sum(sizes) + ranks)
+    of_ranks = [
+        [
+            torch.randn(n, generator=generator).to(dtypes[i % len(dtypes)])
+            for i, n in enumerate(sizes)
+        ]
+        for _ in range(ranks)
+    ]
+    ctxs = contexts(of_ranks[0])
+    together = [compressor.compress_each(xs, ctxs, rank) for rank, xs in enumerate(of_ranks)]
+    alone = [
+        [compressor.compress(x, ctx, rank) for x, ctx in zip(xs, ctxs, strict=True)]
+        for rank, xs in enumerate(of_ranks)
+    ]
+    for made, wanted in zip(together, alone, strict=True):
+        for payload, other in zip(made, wanted, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(payload, other, strict=True))
+
+    outs = [torch.empty(ctx.numel, dtype=ctx.work_dtype) for ctx in ctxs]
+    by_tensor = [tuple(rows[i] for rows in together) for i in range(len(sizes))]
+    compressor.combine_each_into(outs, by_tensor, ctxs)
+    for out, payloads, ctx in zip(outs, by_tensor, ctxs, strict=True):
+        wanted_out = torch.empty_like(out)
+        compressor.combine_into(wanted_out, payloads, ctx)
+        assert torch.equal(out, wanted_out)
+
+    kept = [x.to(ctx.work_dtype, copy=True) for x, ctx in zip(of_ranks[0], ctxs, strict=True)]
+    one_by_one = [x.clone() for x in kept]
+    compressor.subtract_each_(kept, together[0], ctxs)
+    for x, y, payload, ctx in zip(kept, one_by_one, together[0], ctxs, strict=True):
+        compressor.subtract_(y, payload, ctx)
+        assert torch.equal(x, y)
