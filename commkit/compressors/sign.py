@@ -57,7 +57,9 @@ class Sign(Compressor):
         ops.foreach_encode_signs_(bits, sizes, flats)
         if self.scale == "rms":
             sizes = torch.stack([_rms(x, ctx) for x, ctx in zip(flats, ctxs, strict=True)])
-        return list(zip(bits.split_with_sizes(lengths), sizes.split(1), strict=True))
+        return list(
+            zip(bits.split_with_sizes(lengths), sizes.split_with_sizes([1] * len(xs)), strict=True)
+        )
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         return self.combine([payload], ctx)
@@ -104,7 +106,8 @@ class Sign(Compressor):
 def _rms(flat: Tensor, ctx: TensorCtx) -> Tensor:
     """0-d float32."""
     norm = ops.two_norm(flat.to(ctx.work_dtype))
-    return (norm / max(flat.numel(), 1) ** 0.5).to(torch.float32)
+    size: Tensor = norm / max(flat.numel(), 1) ** 0.5
+    return size.to(torch.float32)
 
 
 def _together(xs: Sequence[Tensor]) -> bool:
