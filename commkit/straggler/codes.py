@@ -158,6 +158,16 @@ class GradientCode(ABC):
             self._cache[mask] = weights
         return self._cache[mask]
 
+    def terms(self, arrived: Collection[int]) -> list[tuple[int, float]] | None:
+        """The workers that enter the sum and their weights, in the order in which to add them up: by the first partition
+        that each has. So a worker's vector takes the very place of its replica's, and the sum has the same bits. None as
+        in :meth:`decode_weights`."""
+        weights = self.decode_weights(arrived)
+        if weights is None:
+            return None
+        chosen = sorted(np.flatnonzero(weights).tolist(), key=lambda i: (self._partitions[i][0], i))
+        return [(i, float(weights[i])) for i in chosen]
+
     def can_decode(self, arrived: Collection[int]) -> bool:
         """Whether :meth:`decode_weights` has an answer."""
         return self.decode_weights(arrived) is not None

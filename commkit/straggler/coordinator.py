@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
@@ -14,6 +15,7 @@ from typing_extensions import Self
 
 from ..runtime.alarm import RankFailure
 from ..transport import Network, PeerLost, TorchNetwork, Transport
+from .gate import Gate
 from .methods import Method
 from .options import CoordinationOptions
 from .partitions import BatchLayout
@@ -70,10 +72,13 @@ class Coordinator:
         before_step: called with the model's number and its step before the optimizer steps, on every
             coordinator: to set the learning rate.
         network: all ranks; None is the default process group.
+        clock: seconds from any start, by which rounds are judged and timed; never runs backwards. Timeouts go by
+            ``time.monotonic`` in any case.
 
     Attributes:
         stats: totals (first coordinator only).
         rounds: the method at work.
+        gate: who has come in the round under way, or in the last one (first coordinator only).
         residual_norm: 2-norm of what the compressor of the weights has left unsent of this part.
 
     Raises:
@@ -92,10 +97,11 @@ class Coordinator:
         max_grad_norm: float = 0.0,
         before_step: Callable[[int, int], None] | None = None,
         network: Network | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options = CoordinationOptions() if options is None else options
         self.models, self.optimizers, self.method = list(models), list(optimizers), method
-        self.max_grad_norm, self.before_step = max_grad_norm, before_step
+        self.max_grad_norm, self.before_step, self.clock = max_grad_norm, before_step, clock
         network = TorchNetwork() if network is None else network
         self.party = Party(self.models[0], self.options, network)
         party = self.party
@@ -113,6 +119,7 @@ class Coordinator:
         self.ring = Ring(party.weights, self.rounds.delay, len(self.models) == 1, self._weights)
         self.results = Results(party.gradients, self.names)
         self.stats = CoordinationStats()
+        self.gate = Gate(self.rounds, self.options.grace_s, 0.0, set())
         self.buffers = {n: b.detach().to("cpu", copy=True) for n, b in party.buffers.items()}
         self._changed = [False] * len(self.models)  # since workers were told
         self._transport: Transport | None = None

@@ -6,6 +6,8 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..runtime.alarm import RankFailure
 from ..transport import Message, PeerLost, Pending
 from .coordinator import Outcome
@@ -84,6 +86,7 @@ class Follower:
     def _obey(self, news: Message) -> bool:
         kinds = {
             Kind.TELL: self._open,
+            Kind.WELCOME: self._welcome,
             Kind.CLOSE: self._close,
             Kind.STEP: self._step,
             Kind.DONE: self._finish,
@@ -111,9 +114,16 @@ class Follower:
         for worker in told:
             part = message(Kind.PART, number, 0, [news.tensors[0], *(changes or ())])
             self._send(worker, part)
-        for worker in whole:
+        self._send_whole(whole)
+
+    def _welcome(self, news: Message) -> None:
+        self._send_whole(news.tensors[0].tolist())
+
+    def _send_whole(self, workers: list[int]) -> None:
+        number, coordinator = self._rounds.number, self._coordinator
+        for worker in workers:
             self._send(worker, message(Kind.WHOLE, number, 0, coordinator.whole()))
-            self._send(worker, message(Kind.PART, number, 0, [news.tensors[0].new_tensor([-1])]))
+            self._send(worker, message(Kind.PART, number, 0, [torch.tensor([-1])]))
 
     def _close(self, news: Message) -> None:
         """The round is over; say what came out of it."""

@@ -52,6 +52,7 @@ class Leader:
         self._rounds = coordinator.rounds
         self._transport = coordinator.transport
         self._stats = coordinator.stats
+        self._now = coordinator.clock
         self._on_step = on_step
         self._whole_at = whole_at or (lambda job: False)
         self._ranks = coordinator.party.workers  # by worker
@@ -61,6 +62,7 @@ class Leader:
         self._absent = set(self._behind)  # are sent nothing, or everything: so it begins
         self._accepted = dict.fromkeys(self._behind, -1)  # the last round each was in time for
         self._answered = dict.fromkeys(self._behind, -1)  # the last round each answered
+        self._told = dict.fromkeys(self._behind, -1)  # the last round each was sent
         self._pending: dict[int, Pending] = {}  # by rank
         self._news: dict[int, list[Message]] = {rank: [] for rank in self._party.others}
         self._began: dict[int, float] = {}  # when each round did
@@ -70,12 +72,17 @@ class Leader:
         self._plan: tuple[tuple[MiniTask, ...], ...] = ()
         self._results: dict[int, _Arrival] = {}
         self._acknowledged: dict[int, int] = {}
-        self._gate = Gate(self._rounds, self._options.grace_s, 0.0, self._dead)
+        self._opened = -1  # the last round
+        self._judging = False  # whether it is open
+
+    @property
+    def _gate(self) -> Gate:
+        return self._coordinator.gate
 
     def run(self) -> None:
         for rank in (*self._ranks, *self._party.others):
             self._pending[rank] = self._transport.irecv(rank)
-        last = time.monotonic()
+        last = self._now()
         while not self._rounds.ended:
             job = self._rounds.job
             self._open(job)
@@ -90,6 +97,7 @@ class Leader:
         number = rounds.number
         self._plan = rounds.plan()
         self._results, self._acknowledged = {}, {}
+        gate = coordinator.gate = Gate(rounds, self._options.grace_s, self._now(), self._dead)
         changes = coordinator.begin(job)
         told: list[int] = []
         whole: list[int] = []
@@ -102,10 +110,9 @@ class Leader:
         self._tell(message(Kind.TELL, number, 0, [_numbers(job), _list(told), _list(whole)]))
         for worker in (*told, *whole):
             self._send(worker, number, job, changes, worker in whole)
-        start = time.monotonic()
-        self._began[number] = start
+        gate.start = self._began[number] = self._now()
         self._began.pop(number - _REMEMBERED, None)
-        self._gate = Gate(rounds, self._options.grace_s, start, self._dead)
+        self._opened, self._judging = number, True
 
     def _send(
         self, worker: int, number: int, job: int | None, changes: list[Tensor] | None, whole: bool
@@ -124,6 +131,7 @@ class Leader:
             )
         except PeerLost:
             return  # which its next message will say
+        self._told[worker] = number
         self._behind[worker] += 1
         if self._behind[worker] >= self._options.max_behind:
             self._absent.add(worker)
@@ -138,20 +146,20 @@ class Leader:
         """
         heard = time.monotonic()
         while True:
-            now = time.monotonic()
+            now, silence = self._now(), time.monotonic() - heard
             if self._gate.stuck:
                 self._despair()
                 return
-            if self._gate.closes_at(now) <= now:
+            closes_at = self._gate.closes_at(now)
+            if closes_at <= now:
                 return
-            if now - heard > self._options.timeout_s:
+            if silence > self._options.timeout_s:
                 missing = [self._ranks[worker] for worker in sorted(self._gate.awaited)]
                 raise TimeoutError(
                     f"workers of ranks {missing} sent nothing in round {self._rounds.number} for "
                     f"timeout_s={self._options.timeout_s:g} s; look at them, or raise it above the longest round"
                 )
-            until = min(self._gate.closes_at(now), heard + self._options.timeout_s)
-            if self._hear(until - now):
+            if self._hear(min(closes_at - now, self._options.timeout_s - silence)):
                 heard = time.monotonic()
 
     def _hear(self, seconds: float) -> bool:
@@ -185,12 +193,12 @@ class Leader:
             raise ProtocolError(rank, news, self._rounds.number)
 
     def _take_of_worker(self, worker: int, news: Message) -> None:
-        number, now = news.sequence, time.monotonic()
+        number, now = news.sequence, self._now()
         wanted = news.kind in (Kind.RESULT, Kind.LATE) and 0 <= number <= self._rounds.number
         if not wanted or number <= self._answered[worker]:
             raise ProtocolError(self._ranks[worker], news, self._rounds.number)
-        if self._absent and worker in self._absent:
-            self._stats.returned += 1
+        back = worker in self._absent
+        self._stats.returned += back
         self._behind[worker] = 0  # older rounds it will not answer any more
         self._answered[worker] = number
         finished = news.kind == Kind.RESULT or news.version == 1
@@ -201,6 +209,21 @@ class Leader:
         self._stats.stale += 1
         if finished and number in self._began:
             self._rounds.observe_late(number, now - self._began[number])
+        if back:
+            self._welcome(worker)
+
+    def _welcome(self, worker: int) -> None:
+        """A worker that was to be sent no more is back. If it has missed a round, and its work can still count in this
+        one, it gets its part of it; else the next one is its first."""
+        if self._told[worker] == self._opened:
+            self._absent.discard(worker)  # it has missed nothing
+            return
+        now = self._now()
+        if not self._judging or worker in self._dead or self._gate.closes_at(now) <= now:
+            return
+        number = self._rounds.number
+        self._tell(message(Kind.WELCOME, number, 0, [_list([worker])]))
+        self._send(worker, number, None, None, whole=True)
 
     def _arrive(self, worker: int) -> None:
         """A worker's vectors are here, all parts of them."""
@@ -209,7 +232,7 @@ class Leader:
         if worker not in self._results or worker in self._dead:
             return
         if self._results[worker].report.finite:
-            self._gate.arrive(worker, time.monotonic())
+            self._gate.arrive(worker, self._now())
         else:
             self._stats.nonfinite += 1
             self._gate.refused.add(worker)
@@ -243,7 +266,8 @@ class Leader:
 
     def _close(self, last: float) -> float:
         rounds, gate, number = self._rounds, self._gate, self._rounds.number
-        seconds = time.monotonic() - gate.start
+        self._judging = False
+        seconds = self._now() - gate.start
         awaited, late = rounds.awaited, gate.late
         for worker in range(rounds.num_workers):
             counts = self._stats.late if worker in late else self._stats.used
@@ -260,7 +284,7 @@ class Leader:
         took = median(compute) if compute else math.nan
         if due is not None:
             self._settle(due, number, awaited, late, seconds, took, last)
-        return time.monotonic()
+        return self._now()
 
     def _settle(
         self,
@@ -313,7 +337,7 @@ class Leader:
             self._take_parts()
         if self._on_step is not None:
             workers = sorted({worker for worker, _ in due.weights or {}})
-            now = time.monotonic()
+            now = self._now()
             self._on_step(
                 StepRecord(
                     due.job,

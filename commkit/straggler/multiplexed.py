@@ -111,11 +111,10 @@ class MSGC(Schedule):
             raise NotDecodable(job, lacking, self.delay)
         results = {(i, k): 1.0 for i in range(self.num_workers) for k in range(self._raw)}
         for group, arrived in enumerate(state.coded):
-            weights = need_code(self.code).decode_weights(np.flatnonzero(arrived).tolist())
-            if weights is None:
+            terms = need_code(self.code).terms(np.flatnonzero(arrived).tolist())
+            if terms is None:
                 raise NotDecodable(job, np.flatnonzero(~arrived).tolist(), self.delay)
-            for i in np.flatnonzero(weights).tolist():
-                results[i, self._raw + group] = float(weights[i])
+            results |= {(i, self._raw + group): weight for i, weight in terms}
         return results
 
     def missing(self, job: int) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ class Kind(IntEnum):
     STEP = 11  # first coordinator -> others: apply it
     DONE = 12  # first coordinator -> others: the end
     START = 13  # first coordinator -> others: the weights to start from
+    WELCOME = 14  # first coordinator -> others: workers that are back join the round under way
 
 
 class Plan(NamedTuple):

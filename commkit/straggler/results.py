@@ -57,26 +57,26 @@ class Results:
     def combine(
         self, job: int, weights: Mapping[tuple[int, int], float]
     ) -> tuple[dict[str, Tensor], list[list[float]]]:
-        """The weighted sum, and of each vector that was kept and has a weight, ascending by (worker, index), the
-        square of its 2-norm for each name."""
+        """The weighted sum in the order of ``weights``, after what was added up already, and of each vector that was
+        kept and has a weight the square of its 2-norm for each name."""
         total = self._sums.get(job, {})
         norms = []
-        for worker, index in sorted(weights):
+        for (worker, index), weight in weights.items():
             result = self._kept.get((job, worker, index))
             if result is None:
                 continue  # added up already
             decoded = self._decoded(result)
             norms.append([squared(decoded[name]) for name in self.names])
-            self._add(total, decoded, weights[worker, index])
+            self._add(total, decoded, weight)
         return total, norms
 
     def loss(self, job: int, weights: Mapping[tuple[int, int], float]) -> float:
         """The mean over the job's samples, put together as its gradient is."""
         loss = self._losses.get(job, 0.0)
-        for worker, index in sorted(weights):
+        for (worker, index), weight in weights.items():
             result = self._kept.get((job, worker, index))
             if result is not None:
-                loss += weights[worker, index] * result.loss
+                loss += weight * result.loss
         return loss
 
     def forget(self, job: int) -> None:
@@ -120,4 +120,4 @@ class Results:
 
 def squared(x: Tensor) -> float:
     """The square of the 2-norm, in float64."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) ** 2

@@ -22,7 +22,8 @@ class Due:
 
     Args:
         job: which.
-        weights: (worker, index) -> weight of each result in its gradient; None: it cannot be had.
+        weights: (worker, index) -> weight of each result in its gradient, in the order in which to add them up; None:
+            it cannot be had.
     """
 
     job: int

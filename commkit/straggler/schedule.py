@@ -166,7 +166,8 @@ class Schedule(ABC):
 
     @abstractmethod
     def decode(self, job: int) -> dict[tuple[int, int], float]:
-        """(worker, index) -> weight of each result that enters the sum; those of weight 0 are left out.
+        """(worker, index) -> weight of each result that enters the sum, in the order in which to add them up; those of
+        weight 0 are left out.
 
         Raises:
             NotDecodable: too many are missing.

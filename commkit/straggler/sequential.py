@@ -51,10 +51,10 @@ class CodedJobs(Schedule):
 
     def decode(self, job: int) -> dict[tuple[int, int], float]:
         code, delivered = need_code(self.code), self._of(job)
-        weights = code.decode_weights(members(delivered))
-        if weights is None:
+        terms = code.terms(members(delivered))
+        if terms is None:
             raise NotDecodable(job, members(self._all & ~delivered), self.delay)
-        return {(i, 0): float(weights[i]) for i in members(delivered) if weights[i]}
+        return {(i, 0): weight for i, weight in terms}
 
     def missing(self, job: int) -> tuple[int, ...]:
         return tuple(members(self._all & ~self._of(job)))

@@ -195,7 +195,6 @@ class Worker:
             TimeoutError: nothing came for ``options.timeout_s``.
         """
         while (plan := self._next_plan()) is not None:
-            self._save(plan.tag)
             began = time.perf_counter()
             vectors, report = self._compute(plan, loss_of, began)
             if vectors is None or self._superseded(plan.round):
@@ -344,6 +343,7 @@ class Worker:
                 self.skipped += 1
             plan = Plan.unpack(news.sequence, news.tensors)
             self.round = plan.round
+            self._save(plan.tag)  # also if this round will be passed over
 
     def _poll(self, seconds: float | None) -> None:
         """Take what is there into the inbox; with None, wait until something of each coordinator is."""

@@ -1,7 +1,11 @@
-"""A small problem for coordinated training: float64, so that schemes can be told apart from rounding."""
+"""A small problem for coordinated training: float64, so that schemes can be told apart from rounding.
+
+Nothing here goes by the clock of the machine: a test says who is late, and a round goes on until all others have come.
+"""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +21,7 @@ from commkit.straggler.options import CoordinationOptions
 
 BATCH = 48
 FEATURES = 6
+PATIENCE_S = 100.0
 
 
 class Net(nn.Module):
@@ -38,12 +43,14 @@ class Net(nn.Module):
 
 def data(samples: range, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Each sample is a function of its number alone."""
-    rows = []
-    for number in samples:
-        generator = torch.Generator().manual_seed(number)
-        rows.append(torch.randn(FEATURES, generator=generator, dtype=dtype))
-    x = torch.stack(rows)
+    x = torch.stack([sample(number, dtype) for number in samples])
     return x, x.sum(1, keepdim=True).sin()
+
+
+@functools.lru_cache(100_000)
+def sample(number: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(FEATURES, generator=generator, dtype=dtype)
 
 
 def loss_on(model: nn.Module, samples: range) -> Tensor:
@@ -52,8 +59,8 @@ def loss_on(model: nn.Module, samples: range) -> Tensor:
     return F.mse_loss(model(x), y)
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -82,6 +89,36 @@ def nobody(worker: int, number: int) -> bool:
     return False
 
 
+class Script:
+    """A coordinator's clock that stands almost still until everybody is here who is not to be late in the round, and
+    then leaps over every deadline. The first to come takes a second, each next one a millisecond more."""
+
+    LEAP_S = 1e6
+
+    def __init__(self, late: Late) -> None:
+        self.late = late
+        self.coordinator: Coordinator | None = None
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        if self.coordinator is None:
+            return self._now
+        gate, number = self.coordinator.gate, self.coordinator.rounds.number
+        on_time = any(not self.late(worker, number) for worker in gate.awaited)
+        passed = 1 + 1e-3 * len(gate.arrived) if on_time else self.LEAP_S
+        self._now = max(self._now, gate.start + passed)
+        return self._now
+
+    def is_turn_of(self, worker: int, number: int) -> bool:
+        """Whether all workers before it are here in round ``number``, and it is awaited."""
+        assert self.coordinator is not None
+        rounds = self.coordinator.rounds
+        k = rounds.awaited
+        turn = set(range(worker)) <= set(self.coordinator.gate.arrived)
+        # Asked last: as long as the round is open, the others were of this round.
+        return turn and (k is None or worker < k) and rounds.number == number
+
+
 @dataclass
 class Run:
     """What a rank has to say at the end."""
@@ -91,26 +128,30 @@ class Run:
     rank: Any = None  # the coordinator or worker
 
 
-def work(worker: Worker, late: Late, pause: Callable[[], None] = lambda: None) -> None:
+def work(worker: Worker, script: Script, in_order: bool = False) -> None:
     """Compute; in rounds in which this worker is late, only wait for the next one."""
-    me = worker.party.workers.index(worker.party.rank)
+    me = place(worker)
 
     def loss_of(share: Share) -> Tensor | None:
-        if late(me, worker.round):
-            while not share.superseded():
-                pause()
-                _breathe()
-            return None
+        while script.late(me, worker.round) or (
+            in_order and not script.is_turn_of(me, worker.round)
+        ):
+            if share.superseded():
+                return None
+            breathe()
         return loss_on(worker.model, share.samples)
 
     worker.run(loss_of)
 
 
-_pause = threading.Event()
+def place(worker: Worker) -> int:
+    """Its number among the workers."""
+    return worker.party.workers.index(worker.party.rank)
 
 
-def _breathe() -> None:
-    _pause.wait(0.002)
+def breathe() -> None:
+    """Let other threads run."""
+    threading.Event().wait(0.001)
 
 
 def train(
@@ -124,6 +165,8 @@ def train(
     batch: int = BATCH,
     dtype: torch.dtype = torch.float64,
     max_grad_norm: float = 0.0,
+    lr: float = 0.1,
+    in_order: bool = False,
     around: Callable[[Worker], None] | None = None,
     prepare: Callable[[Any], None] | None = None,
     on_step: Callable[[Coordinator, StepRecord], None] | None = None,
@@ -131,11 +174,14 @@ def train(
     """Train on threads, coordinators and workers; what each has to say, by rank.
 
     Args:
+        late: who never finishes which round; everybody else is in time, as far as the method waits for them.
+        in_order: workers come one after the other in every round, and none that is not awaited.
         around: takes the place of a worker's loop.
         prepare: called with each coordinator and worker once it has started.
         on_step: called by the coordinators after each job.
     """
-    options = CoordinationOptions(timeout_s=30.0) if options is None else options
+    options = CoordinationOptions(timeout_s=PATIENCE_S) if options is None else options
+    script = Script(late)
     network = ThreadNetwork(num_workers + len(options.coordinators))
 
     def rank(comm: Any) -> Run:
@@ -145,13 +191,16 @@ def train(
             run = Run({})
             with Coordinator(
                 nets,
-                [sgd(net) for net in nets],
+                [sgd(net, lr) for net in nets],
                 method,
                 options,
                 batch=batch,
                 network=mine,
                 max_grad_norm=max_grad_norm,
+                clock=script,
             ) as coordinator:
+                if coordinator.is_first:
+                    script.coordinator = coordinator
                 if prepare is not None:
                     prepare(coordinator)
 
@@ -170,7 +219,7 @@ def train(
             if around is not None:
                 around(worker)
             else:
-                work(worker, late)
+                work(worker, script, in_order)
         return Run(weights(net), rank=worker)
 
     return run_threads(rank, network.world_size)

@@ -295,3 +295,14 @@ def test_yaml_sets_fields_and_refuses_others() -> None:
 def test_bad_numbers_are_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("n", "s"), [(6, 1), (9, 2), (12, 3)])
+def test_replicas_take_each_others_place_in_the_sum(n: int, s: int) -> None:
+    code = FractionalRepetition(n, s)
+    for late in itertools.combinations(range(n), s):
+        terms = code.terms([i for i in range(n) if i not in late])
+        assert terms is not None
+        assert [code.partitions_of(i)[0] for i, _ in terms] == list(range(0, n, s + 1))
+        assert all(weight == 1.0 for _, weight in terms)
+    assert code.terms([0]) is None
