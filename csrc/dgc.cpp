@@ -1,16 +1,15 @@
 // One step of Deep Gradient Compression (Lin et al. 2018): momentum correction, the largest elements,
 // and masking, in one pass over memory.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <new>
 #include <vector>
 
+#include "candidates.h"
 #include "dispatch.h"
 #include "input.h"
 #include "kernels.h"
-#include "order.h"
 #include "parallel.h"
 
 using namespace commkit;
@@ -22,26 +21,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLower = 0.8f;
 constexpr int kTries = 10;
 
-// Elements of one part of the tensor, in rising order.
-struct Candidates {
-  std::vector<int64_t> places;
-  std::vector<float> values;
-
-  size_t size() const { return places.size(); }
-  void append(const int64_t *place, const float *value, int64_t count) {
-    places.insert(places.end(), place, place + count);
-    values.insert(values.end(), value, value + count);
-  }
-};
-using Parts = std::vector<Candidates>;
-
-int64_t size_of(const Parts &parts) {
-  int64_t size = 0;
-  for (const Candidates &part : parts)
-    size += static_cast<int64_t>(part.size());
-  return size;
-}
-
 struct Sample {
   int64_t first, stride, low_rank, high_rank;
 };
@@ -51,8 +30,7 @@ public:
   Step(const Input &g, const Correction &how, bool masking, float negligible, int64_t n, float *u,
        float *v, int threads)
       : t_(table()), g_(g), how_(how), masking_(masking), negligible_(negligible), n_(n), u_(u),
-        v_(v), threads_(threads), chunks_((n + kChunk - 1) / kChunk),
-        count_(std::max<int64_t>(1, std::min<int64_t>(threads, chunks_))) {}
+        v_(v), threads_(threads) {}
 
   void operator()(const Sample &sample, int64_t k, int64_t *places, float *values) {
     Cut cut = cut_from(sample);
@@ -109,31 +87,10 @@ private:
     loops::correct_momentum(&g, how_.from(i), 1, u, v);
   }
 
-  // find(begin, end, part) for as many parts as threads.
-  template <class Find> Parts collect(int64_t expected, const Find &find) const {
-    Parts parts(count_);
-    std::atomic<bool> failed{false};
-    parallel_for(count_, n_ / count_, threads_, [&](int64_t begin, int64_t end) {
-      try {
-        for (int64_t p = begin; p < end; ++p) {
-          parts[p].places.reserve(expected / count_);
-          parts[p].values.reserve(expected / count_);
-          find(chunks_ * p / count_ * kChunk, std::min(n_, chunks_ * (p + 1) / count_ * kChunk),
-               parts[p]);
-        }
-      } catch (const std::bad_alloc &) {
-        failed = true;
-      }
-    });
-    if (failed)
-      throw std::bad_alloc();
-    return parts;
-  }
-
   // The pass: writes u and v, less what is sent for certain.
   Parts correct(const Cut &cut, int64_t k) const {
     const bool stream = n_ >= kWorthStreaming;
-    return collect(k + k / 4, [&](int64_t begin, int64_t end, Candidates &part) {
+    return collect(n_, threads_, k + k / 4, [&](int64_t begin, int64_t end, Candidates &part) {
       int64_t places[kChunk];
       float values[kChunk];
       g_.each(begin, end, [&](const float *g, int64_t at, int64_t count) {
@@ -148,7 +105,7 @@ private:
 
   // Those of v, of which nothing is masked, whose magnitude is not below the limit.
   Parts at_least(float limit, int64_t k) const {
-    return collect(k, [&](int64_t begin, int64_t end, Candidates &part) {
+    return collect(n_, threads_, k, [&](int64_t begin, int64_t end, Candidates &part) {
       int64_t places[kChunk];
       float values[kChunk];
       for (int64_t at = begin; at < end; at += kChunk) {
@@ -213,68 +170,19 @@ private:
       u_[i] = 0;
   }
 
-  // The k largest of at least k candidates, and of equal ones the first. What is not below `high`
-  // is masked; NaN: nothing is.
+  // What is not below `high` is masked; NaN: nothing is.
   void choose(const Parts &parts, float high, int64_t k, int64_t *places, float *values) const {
-    const auto is_masked = [high](float value) { return !(std::fabs(value) < high) && high == high; };
-    const uint32_t least = kth(parts, is_masked, k);
-    std::vector<int64_t> begin(parts.size()), equal(parts.size());
-    int64_t above = 0;
-    for (size_t p = 0; p < parts.size(); ++p) {
-      begin[p] = 0;
-      for (const float value : parts[p].values) {
-        begin[p] += order_of(value) > least;
-        equal[p] += order_of(value) == least;
-      }
-      above += begin[p];
-    }
-    int64_t at = 0, wanted = k - above; // of those that equal the least
-    for (size_t p = 0; p < parts.size(); ++p) {
-      equal[p] = std::min(equal[p], wanted);
-      wanted -= equal[p];
-      const int64_t count = begin[p] + equal[p];
-      begin[p] = at;
-      at += count;
-    }
-    const auto count = static_cast<int64_t>(parts.size());
-    parallel_for(count, k * 4 / count, threads_, [&](int64_t from, int64_t to) {
-      for (int64_t p = from; p < to; ++p) {
-        int64_t next = begin[p], ties = equal[p];
-        for (size_t i = 0; i < parts[p].size(); ++i) {
-          const int64_t place = parts[p].places[i];
-          const float value = parts[p].values[i];
-          const uint32_t order = order_of(value);
-          if (order > least || (order == least && ties-- > 0)) {
-            places[next] = place;
-            values[next++] = value;
-            if (!is_masked(value))
-              mask(place, value);
-          } else if (is_masked(value)) {
+    choose_largest(
+        parts, [high](float value) { return !(std::fabs(value) < high) && high == high; }, k,
+        threads_, places, values,
+        [&](int64_t place, float value, bool masked) {
+          if (!masked)
+            mask(place, value);
+        },
+        [&](int64_t place, bool masked) {
+          if (masked)
             unmask(place);
-          }
-        }
-      }
-    });
-  }
-
-  // The order of the k-th largest; those masked are the largest of all.
-  template <class IsMasked>
-  static uint32_t kth(const Parts &parts, const IsMasked &is_masked, int64_t k) {
-    Order order;
-    order.reserve(size_of(parts));
-    for (const Candidates &part : parts)
-      for (const float value : part.values)
-        if (!is_masked(value))
-          order.push_back(order_of(value));
-    const int64_t masked = size_of(parts) - static_cast<int64_t>(order.size());
-    if (masked < k)
-      return ranked(order, k - masked);
-    order.clear();
-    for (const Candidates &part : parts)
-      for (const float value : part.values)
-        if (is_masked(value))
-          order.push_back(order_of(value));
-    return ranked(order, k);
+        });
   }
 
   static constexpr int64_t kAhead = 16;
@@ -287,7 +195,6 @@ private:
   const int64_t n_;
   float *const u_, *const v_;
   const int threads_;
-  const int64_t chunks_, count_;
 };
 
 } // namespace

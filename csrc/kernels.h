@@ -86,6 +86,12 @@ COMMKIT_API void ck_take(void *found, int64_t *out);
 COMMKIT_API int ck_ranked_magnitude(const void *x, int dtype, int64_t n, int64_t first,
                                     int64_t stride, int64_t rank, float *out, int threads);
 
+// places and values of the k largest magnitudes, as ck_largest_of_rows finds them of one row; n > 0,
+// 1 <= k <= n. The rank-th largest of x[first], x[first + stride] ... is where the search begins; any
+// will do, a good one saves time. -1: out of memory.
+COMMKIT_API int ck_largest(const void *x, int dtype, int64_t n, int64_t first, int64_t stride,
+                           int64_t rank, int64_t k, int64_t *places, float *values, int threads);
+
 // out: (rows, k) indices, rising in each row, of its k largest magnitudes; x: (rows, n), n > 0,
 // 1 <= k <= n. -1: out of memory.
 COMMKIT_API int ck_largest_of_rows(const void *x, int dtype, int64_t rows, int64_t n, int64_t k,

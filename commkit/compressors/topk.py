@@ -77,9 +77,8 @@ class TopK(Compressor):
         flat = x.reshape(-1)
         k = self.k(flat.numel(), ctx.step)
         if self._samples(ctx.numel):
-            indices = _largest_sampled(flat, k, ctx.shared_seed())
-        else:
-            indices = ops.largest_of_rows(flat.view(1, -1), k)[0]
+            return self._payload(*ops.largest(flat, k, ctx.shared_seed()), ctx)
+        indices = ops.largest_of_rows(flat.view(1, -1), k)[0]
         return self._payload(indices, flat.index_select(0, indices), ctx)
 
     def corrects(self, ctx: TensorCtx) -> bool:
@@ -140,12 +139,3 @@ class TopK(Compressor):
     def payload_bytes(self, ctx: TensorCtx) -> int:
         index_bytes = 4 if ctx.numel < 2**31 else 8
         return self.k(ctx.numel, ctx.step) * (index_bytes + _VALUES[self.values].itemsize)
-
-
-def _largest_sampled(flat: Tensor, k: int, seed: int) -> Tensor:
-    # The sample holds at least 64 of the k: two standard deviations more, and the first try nearly always
-    # finds enough.
-    margin = 2 / math.sqrt(max(64, k // 1000))
-    threshold = ops.sample_threshold(flat, min(flat.numel(), math.ceil(k * (1 + margin))), seed)
-    found = ops.select_at_least(flat, threshold)
-    return ops.largest_from(flat, k, threshold, found, ops.select_at_least, ops.largest_of_rows)

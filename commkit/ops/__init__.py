@@ -18,6 +18,7 @@ from .functions import (
     dequantize_natural,
     dgc_step_,
     frozen_adam_,
+    largest,
     largest_of_rows,
     pack_codes,
     pack_nibbles,
@@ -41,7 +42,6 @@ from .functions import (
     write_e3m0_,
 )
 from .native import empty
-from .selection import largest_from
 from .sign_functions import (
     accumulate_signs_,
     encode_signs,
@@ -73,7 +73,7 @@ __all__ = [
     "empty",
     "encode_signs",
     "frozen_adam_",
-    "largest_from",
+    "largest",
     "largest_of_rows",
     "pack_codes",
     "pack_nibbles",

@@ -135,6 +135,14 @@ def flat(x: Tensor, *dtypes: torch.dtype) -> bool:
     return known and x.dim() == 1 and x.is_contiguous() and usable(x.device)
 
 
+def all_flat(xs: Sequence[Tensor], device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether each of ``xs`` is flat, on this device; sooner than one by one."""
+    known = dtypes or DTYPES
+    return usable(device) and all(
+        x.dtype in known and x.dim() == 1 and x.is_contiguous() and x.device == device for x in xs
+    )
+
+
 def fits(x: Tensor, numel: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether ``x`` is flat, of so many elements, and on this device."""
     return x.device == device and x.numel() == numel and flat(x, dtype)

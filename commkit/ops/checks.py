@@ -22,8 +22,10 @@ def check_compensation(
         raise ValueError(f"residuals has {len(residuals)} tensors for {len(gradients)} gradients")
     for i, (residual, gradient) in enumerate(zip(residuals, gradients, strict=True)):
         place = f"[{i}]" if len(residuals) > 1 else ""
-        check_alike(f"gradient{place}", gradient, {f"residual{place}": residual})
-        if gradient.numel() and residual.data_ptr() == gradient.data_ptr():
+        n = gradient.numel()
+        check_floats("gradient" + place, gradient)
+        _check("residual" + place, residual, n, _work_dtype(gradient.dtype), gradient.device)
+        if n and residual.data_ptr() == gradient.data_ptr():
             raise ValueError(f"residual{place} is the memory of gradient, and must have its own")
     if sent is not None and residuals:
         _check("sent", sent, len(residuals), torch.float32, residuals[0].device)
@@ -31,23 +33,23 @@ def check_compensation(
 
 def check_sign_output(bits: Tensor, scales: Tensor, name: str, xs: Sequence[Tensor]) -> None:
     """Room for the signs and the scales of ``xs``."""
+    device = bits.device
     for i, x in enumerate(xs):
         check_floats(f"{name}[{i}]", x)
-        if x.device != bits.device:
-            raise ValueError(
-                f"{name}[{i}] is on {x.device} and must be on {bits.device}, as bits is"
-            )
+        if x.device != device:
+            raise ValueError(f"{name}[{i}] is on {x.device} and must be on {device}, as bits is")
     _check("bits", bits, _sign_bytes(xs), torch.uint8, bits.device)
     _check("scales", scales, len(xs), torch.float32, bits.device)
 
 
 def check_foreach_sign_rows(outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor) -> None:
+    device, dtype = scales.device, outs[0].dtype if outs else None
     for i, out in enumerate(outs):
         check_floats(f"outs[{i}]", out)
-        if (out.dtype, out.device) != (outs[0].dtype, scales.device):
+        if out.dtype != dtype or out.device != device:
             raise ValueError(
-                f"outs[{i}] is of {out.dtype} on {out.device} and must be of {outs[0].dtype} on "
-                f"{scales.device}, as outs[0] and scales are"
+                f"outs[{i}] is of {out.dtype} on {out.device} and must be of {dtype} on {device}, as "
+                "outs[0] and scales are"
             )
     _check_rows("bits", bits, _sign_bytes(outs), torch.uint8, scales.device)
     if scales.dtype != torch.float32:
@@ -56,6 +58,10 @@ def check_foreach_sign_rows(outs: Sequence[Tensor], bits: Sequence[Tensor], scal
         raise ValueError(
             f"scales has shape {tuple(scales.shape)} and must have {(len(bits), len(outs))}"
         )
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _sign_bytes(xs: Sequence[Tensor]) -> int:
@@ -100,7 +106,7 @@ def check_floats(name: str, x: Tensor, dim: int = 1) -> None:
 def check_alike(first: str, like: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """``others`` are of the work dtype, size and device of ``like``."""
     check_floats(first, like)
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = _work_dtype(like.dtype)
     for name, x in others.items():
         if x is not None:
             _check(name, x, like.numel(), dtype, like.device)

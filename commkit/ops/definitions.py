@@ -115,6 +115,11 @@ def _fake_largest_of_rows(x: Tensor, k: int) -> Tensor:
     return x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
+def _fake_largest(x: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(k, dtype=torch.int64), x.new_empty(k, dtype=dtype)
+
+
 def _fake_dgc_step(u: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     k = arguments[-2]
     return v.new_empty(k, dtype=torch.int64), v.new_empty(k)
@@ -206,6 +211,7 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "sample_threshold": ("(Tensor x, int k, int seed) -> Tensor", _fake_sample_threshold),
     "select_at_least": ("(Tensor x, Tensor threshold) -> Tensor", _fake_select_at_least),
+    "largest": ("(Tensor x, int k, int seed) -> (Tensor, Tensor)", _fake_largest),
     "largest_of_rows": ("(Tensor x, int k) -> Tensor", _fake_largest_of_rows),
     "stratified_indices": (
         "(SymInt numel, int k, int seed, Device device) -> Tensor",

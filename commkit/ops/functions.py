@@ -208,6 +208,25 @@ def largest_of_rows(x: Tensor, k: int) -> Tensor:
     return cast(Tensor, _ops.largest_of_rows(x, k))
 
 
+def largest(x: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The k elements of largest magnitude. Of equal ones the first are taken, and NaN before all.
+
+    Args:
+        x: (n,) float.
+        k: from 0 to n.
+        seed: of the sample that guides the search; the result does not depend on it.
+
+    Returns:
+        Where they are, (k,) int64, increasing, and what they are, (k,) float32 (float64 of such).
+
+    Raises:
+        TypeError, ValueError: x is not a vector of floats, or has fewer than k.
+    """
+    check_floats("x", x)
+    check_k(k, x.numel())
+    return cast(tuple[Tensor, Tensor], _ops.largest(x, k, seed))
+
+
 def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:
     """(k,) int64, strictly increasing: one uniform index from each of k strata of [0, numel)."""
     return cast(Tensor, _ops.stratified_indices(numel, k, seed, device))

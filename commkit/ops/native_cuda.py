@@ -49,6 +49,19 @@ def select_at_least(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 @kernel("CUDA")
+def largest(x: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """float32, bfloat16, float16. Waits for the GPU."""
+    n = x.numel()
+    if not (flat(x) and 1 <= k <= n):
+        return reference.largest(x, k, seed)
+    first, stride, rank, _ = ranks_around(n, k, seed)
+    threshold = _ranked(x, first, stride, rank)
+    found = select_at_least(x, threshold)
+    places = largest_from(x, k, threshold, found, select_at_least, largest_of_rows)
+    return places, x.index_select(0, places).float()
+
+
+@kernel("CUDA")
 def dgc_step_(
     u: Tensor,
     v: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .binding import DTYPES, empty, flat, kernel, run, workspace
+from .binding import DTYPES, all_flat, empty, flat, kernel, run, workspace
 from .native_signs import (
     accumulate_signs_,
     serves_compensation,
@@ -75,7 +75,7 @@ def encode_signs_compensated_(
 @kernel("CUDA")
 def foreach_encode_signs_(bits: Tensor, scales: Tensor, xs: Sequence[Tensor]) -> None:
     """float32, bfloat16, float16, also together."""
-    if not (serves_output(bits, scales, xs) and all(map(flat, xs))):
+    if not (serves_output(bits, scales, xs) and all_flat(xs, bits.device)):
         reference.foreach_encode_signs_(bits, scales, xs)
         return
     for i, (place, x) in enumerate(zip(places_of_signs(xs), xs, strict=True)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .binding import DTYPES, empty, fits, flat, kernel, max_rows, run
+from .binding import DTYPES, all_flat, empty, fits, flat, kernel, max_rows, run
 
 
 def _encode_signs(x: Tensor, l1: Any) -> Tensor:
@@ -81,11 +81,9 @@ def serves_compensation(
     device = residuals[0].device
     return (
         len(residuals) == len(gradients)
-        and all(map(flat, gradients))
-        and all(
-            fits(e, g.numel(), torch.float32, device) and g.device == device
-            for e, g in zip(residuals, gradients, strict=True)
-        )
+        and all_flat(gradients, device)
+        and all_flat(residuals, device, torch.float32)
+        and all(e.numel() == g.numel() for e, g in zip(residuals, gradients, strict=True))
         and (sent is None or fits(sent, len(residuals), torch.float32, device))
     )
 
@@ -133,7 +131,7 @@ def encode_signs_compensated_(
 @kernel()
 def foreach_encode_signs_(bits: Tensor, scales: Tensor, xs: Sequence[Tensor]) -> None:
     """float32, bfloat16, float16, also together. The means are those of encode_signs."""
-    if serves_output(bits, scales, xs) and all(map(flat, xs)):
+    if serves_output(bits, scales, xs) and all_flat(xs, bits.device):
         _encode_all(bits, scales, xs)
     else:
         reference.foreach_encode_signs_(bits, scales, xs)
@@ -160,7 +158,7 @@ def _foreach_sum_signs(
 ) -> bool:
     size = sum((out.numel() + 7) // 8 for out in outs)
     if not (
-        all(flat(out, torch.float32) for out in outs)
+        all_flat(outs, scales.device, torch.float32)
         and scales.shape == (len(bits), len(outs))
         and scales.is_contiguous()
         and flat(scales.view(-1), torch.float32)

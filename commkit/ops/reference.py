@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .noise import uniform_noise as uniform_noise
+from .selection import largest as largest
 from .selection import largest_of_rows as largest_of_rows
 from .selection import sample_threshold as sample_threshold
 from .selection import scatter_accumulate_ as scatter_accumulate_

@@ -98,6 +98,23 @@ def largest_of_rows(x: Tensor, k: int) -> Tensor:
     return found.nonzero()[:, 1].clone().view(-1, k)
 
 
+def largest(x: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Where the k largest ``|x|`` are, as :func:`largest_of_rows` finds them, and the elements there in the
+    work dtype. ``seed`` is of the sample that says which elements are worth sorting, and changes nothing of
+    the result."""
+    if k == 0:
+        places = torch.empty(0, dtype=torch.int64, device=x.device)
+    else:
+        # The sample holds at least 64 of the k: two standard deviations more, and the first try nearly always
+        # finds enough.
+        margin = 2 / math.sqrt(max(64, k // 1000))
+        threshold = sample_threshold(x, min(x.numel(), math.ceil(k * (1 + margin))), seed)
+        found = select_at_least(x, threshold)
+        places = largest_from(x, k, threshold, found, select_at_least, largest_of_rows)
+    values = x.index_select(0, places)
+    return places, values.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> Tensor:
     """(k,) int64, one uniform index from each of k consecutive strata of nearly equal length."""
     bounds = torch.arange(k + 1, dtype=torch.int64, device=device) * numel // max(k, 1)

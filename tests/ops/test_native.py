@@ -309,6 +309,13 @@ EXACT: dict[str, Callable[[int], Callable[[Any], Result]]] = {
         for k in (1, 32, 10**9)
         for dtype in DTYPES
     },
+    **{
+        f"largest {k} {dtype}": lambda n, k=k, d=dtype: (
+            lambda m: m.largest(finite(n, d), min(k, n), 77)
+        )
+        for k in (1, 32, 10**9)
+        for dtype in DTYPES
+    },
     "largest_of_rows of many": lambda n: (
         lambda m: m.largest_of_rows(values(5 * n).view(5, n), n // 40)
     ),

@@ -109,6 +109,12 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     },
     "select_at_least": [(FLOATS, torch.tensor(1.5)), (FLOATS[:0], torch.tensor(0.0))],
     "sample_threshold": [(FLOATS, 10, 7)],
+    "largest": [
+        (FLOATS, 7, 5),
+        (FLOATS.double(), 1000, 5),
+        (FLOATS.half(), 1, 5),
+        (FLOATS[:0], 0, 5),
+    ],
     "largest_of_rows": [
         (FLOATS.view(10, 100), 7),
         (FLOATS.view(10, 100).double(), 100),

@@ -1,0 +1,120 @@
+// Elements that may be among the k largest, and the k largest of them.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <new>
+#include <vector>
+
+#include "order.h"
+#include "parallel.h"
+#include "table.h"
+
+namespace commkit {
+
+// Of one part of the tensor, in rising order.
+struct Candidates {
+  std::vector<int64_t> places;
+  std::vector<float> values;
+
+  size_t size() const { return places.size(); }
+  void append(const int64_t *place, const float *value, int64_t count) {
+    places.insert(places.end(), place, place + count);
+    values.insert(values.end(), value, value + count);
+  }
+};
+using Parts = std::vector<Candidates>;
+
+inline int64_t size_of(const Parts &parts) {
+  int64_t size = 0;
+  for (const Candidates &part : parts)
+    size += static_cast<int64_t>(part.size());
+  return size;
+}
+
+// find(begin, end, part) for as many parts of n elements as threads, each of whole chunks.
+template <class Find> Parts collect(int64_t n, int threads, int64_t expected, const Find &find) {
+  const int64_t chunks = (n + kChunk - 1) / kChunk;
+  const int64_t count = std::max<int64_t>(1, std::min<int64_t>(threads, chunks));
+  Parts parts(count);
+  std::atomic<bool> failed{false};
+  parallel_for(count, n / count, threads, [&](int64_t begin, int64_t end) {
+    try {
+      for (int64_t p = begin; p < end; ++p) {
+        parts[p].places.reserve(expected / count);
+        parts[p].values.reserve(expected / count);
+        find(chunks * p / count * kChunk, std::min(n, chunks * (p + 1) / count * kChunk), parts[p]);
+      }
+    } catch (const std::bad_alloc &) {
+      failed = true;
+    }
+  });
+  if (failed)
+    throw std::bad_alloc();
+  return parts;
+}
+
+// The order of the k-th largest; those of which is_first(value) are the largest of all.
+template <class IsFirst> uint32_t kth(const Parts &parts, const IsFirst &is_first, int64_t k) {
+  Order order;
+  order.reserve(size_of(parts));
+  for (const Candidates &part : parts)
+    for (const float value : part.values)
+      if (!is_first(value))
+        order.push_back(order_of(value));
+  const int64_t first = size_of(parts) - static_cast<int64_t>(order.size());
+  if (first < k)
+    return ranked(order, k - first);
+  order.clear();
+  for (const Candidates &part : parts)
+    for (const float value : part.values)
+      if (is_first(value))
+        order.push_back(order_of(value));
+  return ranked(order, k);
+}
+
+// The k largest of at least k candidates, and of equal ones the first, in rising order. take(place,
+// value, first) and leave(place, first) hear of each.
+template <class IsFirst, class Take, class Leave>
+void choose_largest(const Parts &parts, const IsFirst &is_first, int64_t k, int threads,
+                    int64_t *places, float *values, const Take &take, const Leave &leave) {
+  const uint32_t least = kth(parts, is_first, k);
+  std::vector<int64_t> begin(parts.size()), equal(parts.size());
+  int64_t above = 0;
+  for (size_t p = 0; p < parts.size(); ++p) {
+    for (const float value : parts[p].values) {
+      begin[p] += order_of(value) > least;
+      equal[p] += order_of(value) == least;
+    }
+    above += begin[p];
+  }
+  int64_t at = 0, wanted = k - above; // of those that equal the least
+  for (size_t p = 0; p < parts.size(); ++p) {
+    equal[p] = std::min(equal[p], wanted);
+    wanted -= equal[p];
+    const int64_t count = begin[p] + equal[p];
+    begin[p] = at;
+    at += count;
+  }
+  const auto count = static_cast<int64_t>(parts.size());
+  parallel_for(count, k * 4 / count, threads, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; ++p) {
+      int64_t next = begin[p], ties = equal[p];
+      for (size_t i = 0; i < parts[p].size(); ++i) {
+        const int64_t place = parts[p].places[i];
+        const float value = parts[p].values[i];
+        const uint32_t order = order_of(value);
+        if (order > least || (order == least && ties-- > 0)) {
+          places[next] = place;
+          values[next++] = value;
+          take(place, value, is_first(value));
+        } else {
+          leave(place, is_first(value));
+        }
+      }
+    }
+  });
+}
+
+} // namespace commkit
