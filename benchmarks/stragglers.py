@@ -9,11 +9,15 @@ Sequential schemes train T + 1 models in turn, as in their paper; their time is 
 target, divided by T + 1. ``--transport mpi`` starts the ranks with mpirun.
 
     python benchmarks/stragglers.py [--transport torch|mpi] [--trace two|one] [--quick] [--json FILE]
+
+``--only ARM... --keep FILE`` measures some of the arms and keeps their curves; without ``--only``, the arms that FILE
+lacks are measured and all are judged. So a long comparison can be made in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -27,15 +31,28 @@ from typing import Any
 
 from harness import ROOT, run_ranks, values
 from report import Result, Target, main
-from trials.stragglers import WORKERS, Arm, Curve, run
+from trials.stragglers import BATCH, SLOPE_S, WORKERS, Arm, Curve, latencies, run
 
-from commkit.straggler import Backup, Coding, DynamicBackup, Multiplexed, SelectiveRepetition
+from commkit.straggler import (
+    Backup,
+    Coding,
+    DelayProfile,
+    DynamicBackup,
+    Multiplexed,
+    MuRule,
+    SelectiveRepetition,
+    candidates,
+    replay,
+    select,
+)
+from commkit.straggler.families import AutoFamily
 from commkit.transport import MPINetwork, TorchNetwork
 
 TARGET_LOSS = 0.36
 LIMIT_S = 60.0  # of one arm
 RANKS = WORKERS + 1
 STATIC = range(4, WORKERS + 1)
+PROBE = 40  # rounds of the trace that parameters are selected on
 MU = 0.2  # well above the jitter: whoever is that late is slow
 PAIR = {"burst": 1, "rounds": 4, "stragglers": 8}
 MODELS = {"interleave": "models"}
@@ -51,6 +68,7 @@ def arms(trace: str) -> dict[str, Arm]:
         Arm("DBW", DynamicBackup(), trace),
         Arm("coding s=1", Coding(1), trace),
         Arm("coding s=2", Coding(2), trace),
+        Arm("coding s=3", Coding(3), trace),
         Arm("SR-SGC", SelectiveRepetition(**PAIR, mu=MU), trace, MODELS, models=2),
         Arm("M-SGC", Multiplexed(2, 3, 8, mu=MU), trace, MODELS, models=4),
         Arm("M-SGC, one model", Multiplexed(2, 3, 8, mu=MU), trace),
@@ -101,7 +119,14 @@ def measure_mpi(names: list[str], trace: str, limit_s: float) -> list[Curve]:
         words += ["--bind-to", "none", sys.executable, __file__, "--rank-of", folder]
         allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         environment = {**os.environ, **allowed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run(words, check=True, env=environment, timeout=(limit_s + 30) * len(names))
+        process = subprocess.Popen(words, env=environment)
+        try:
+            process.wait(timeout=(limit_s + 30) * len(names))
+        finally:
+            process.terminate()  # which ends its ranks; nothing, if it has ended
+            process.wait(timeout=30)
+        if process.returncode:
+            raise SystemExit(f"mpirun ended with status {process.returncode}")
         curves: list[Curve] = pickle.loads(Path(folder, "curves").read_bytes())
         return curves
 
@@ -119,7 +144,14 @@ def measure(options: argparse.Namespace) -> Result:
     names = options.only or list(named)
     limit_s = 3.0 if options.quick else LIMIT_S
     measure_on = measure_mpi if options.transport == "mpi" else measure_torch
-    curves = dict(zip(names, measure_on(names, options.trace, limit_s), strict=True))
+    curves = kept(options.keep)
+    lacking = [name for name in names if name not in curves]
+    if lacking:
+        curves |= zip(lacking, measure_on(lacking, options.trace, limit_s), strict=True)
+    if options.keep is not None:
+        texts = {name: dataclasses.asdict(curve) for name, curve in curves.items()}
+        options.keep.write_text(json.dumps(texts))
+    curves = {name: curves[name] for name in names}
     settings = {
         "transport": options.transport,
         "trace": options.trace,
@@ -130,9 +162,47 @@ def measure(options: argparse.Namespace) -> Result:
     result.tables["wall clock to the target loss"] = [
         row(name, named[name], curve) for name, curve in curves.items()
     ]
+    result.tables["predicted from the first rounds of the trace"] = predicted(options.trace)
     if not options.quick and not options.only:
         judge(result, {name: seconds(named[name], curve) for name, curve in curves.items()}, curves)
     return result
+
+
+def predicted(trace: str) -> list[dict[str, Any]]:
+    """The parameters of each coded scheme that are fastest when the first ``PROBE`` rounds are replayed, of those whose
+    units divide the batch; and what the others take with them."""
+    times = latencies(trace) + SLOPE_S / WORKERS
+    parts = [
+        DelayProfile(part, 1 / WORKERS, SLOPE_S)
+        for part in (times[:PROBE], times[PROBE : 8 * PROBE])
+    ]
+    rule, best = MuRule(MU), {}
+    for tried in select(parts[0], candidates(WORKERS, 3, WORKERS - 1), rule):
+        units = tried.candidate.build(WORKERS, 1, AutoFamily()).num_units
+        if BATCH % units == 0:
+            best.setdefault(tried.candidate.scheme, tried.candidate)
+    rows = []
+    for scheme, candidate in best.items():
+        done = replay(candidate, parts[1], rule, 6 * PROBE)
+        rows.append(
+            {
+                "scheme": scheme,
+                "B": candidate.burst,
+                "W": candidate.rounds,
+                "s or lambda": candidate.stragglers,
+                "load": done.load,
+                "delay": done.delay,
+                "s/job": done.total / (6 * PROBE),
+            }
+        )
+    return rows
+
+
+def kept(file: Path | None) -> dict[str, Curve]:
+    """The curves of arms that were measured before."""
+    if file is None or not file.exists():
+        return {}
+    return {name: Curve(**fields) for name, fields in json.loads(file.read_text()).items()}
 
 
 def seconds(arm: Arm, curve: Curve) -> float:
@@ -171,7 +241,7 @@ def judge(result: Result, took: dict[str, float], curves: dict[str, Curve]) -> N
         Target.at_most(
             "M-SGC / the better coding",
             1.0,
-            took["M-SGC"] / min(took["coding s=1"], took["coding s=2"]),
+            took["M-SGC"] / min(took[f"coding s={s}"] for s in (1, 2, 3)),
         ),
     ]
     base = step["all, no stragglers"]
@@ -188,6 +258,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transport", choices=["torch", "mpi"], default="torch")
     parser.add_argument("--trace", choices=["two", "one"], default="two")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="of the arms, these")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="of the curves, to go on from")
 
 
 if __name__ == "__main__":

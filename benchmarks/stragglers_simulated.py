@@ -51,7 +51,7 @@ PAPER = {
 }
 NAMES = {"gradient_coding": "gradient coding", "sr_sgc": "SR-SGC", "m_sgc": "M-SGC"}
 FULL = Candidate("gradient_coding", 0)
-DIM, CURVATURE, NOISE, LR, TARGET = 2000, 1.0, 160.0, 0.01, 2.0
+DIM, CURVATURE, NOISE, LR, TARGET = 2000, 1.0, 160.0, 0.005, 1.0
 
 
 class Task:
@@ -153,14 +153,15 @@ def measure(options: argparse.Namespace) -> Result:
         result.tables[f"{what}: seconds for {jobs} jobs, exact gradients"] = [
             exact_row(name, r, replays["full sync"]) for name, r in replays.items()
         ]
-        if what == "bursts":
-            coded = min(
-                r.total for name, r in replays.items() if name.startswith("gradient coding")
-            )
-            multiplexed = min(r.total for name, r in replays.items() if name.startswith("M-SGC"))
+        for label in ("real code", "counted"):
+            pair = [
+                replays[f"{name}, selected, {label}"].total for name in ("M-SGC", "gradient coding")
+            ]
             result.targets.append(
                 Target.at_most(
-                    "M-SGC / gradient coding, seconds (paper: 0.84)", 0.84, multiplexed / coded
+                    f"M-SGC / gradient coding, seconds, {what}, selected, {label} (paper: 0.84)",
+                    0.84,
+                    pair[0] / pair[1],
                 )
             )
         rows = to_the_loss(replays, times[PROBE:], seeds)
