@@ -348,9 +348,11 @@ class CoordinatedRun:
     def describe(self) -> str:
         """One line: what is about to run."""
         assert self.coordinator is not None
+        coordinators = len(self.scheme.options.coordinators)
+        workers = len(self.coordinator.party.workers)
         return (
             f"{self.settings.scheme['name']}: {count_parameters(self.models[0]):,} parameters, "
-            f"{len(self.scheme.options.coordinators)} coordinators and {len(self.coordinator.party.workers)} workers "
+            f"{coordinators} coordinator{'s' * (coordinators > 1)} and {workers} worker{'s' * (workers > 1)} "
             f"over {self.scheme.transport}, {self.job.task.headline()}, step {self.progress.step} of "
             f"{self.settings.steps}, into {self.job.run.path}"
         )
