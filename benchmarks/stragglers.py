@@ -49,7 +49,7 @@ from commkit.straggler.families import AutoFamily
 from commkit.transport import MPINetwork, TorchNetwork
 
 TARGET_LOSS = 0.36
-LIMIT_S = 60.0  # of one arm
+LIMIT_S = 60.0  # of one arm and model
 RANKS = WORKERS + 1
 STATIC = range(4, WORKERS + 1)
 PROBE = 40  # rounds of the trace that parameters are selected on
@@ -65,7 +65,7 @@ def arms(trace: str) -> dict[str, Arm]:
         Arm("coding s=1, no stragglers", Coding(1), "none"),
         Arm("coding s=2, no stragglers", Coding(2), "none"),
         *(Arm(f"first {k}", Backup(k=k), trace) for k in STATIC),
-        Arm("DBW", DynamicBackup(), trace),
+        Arm("DBW", DynamicBackup("noise_scale"), trace),  # the optimizer has momentum
         Arm("coding s=1", Coding(1), trace),
         Arm("coding s=2", Coding(2), trace),
         Arm("coding s=3", Coding(3), trace),
@@ -85,7 +85,8 @@ def all_arms(network: Any, names: list[str], trace: str, limit_s: float) -> list
     """Every arm in turn, on the same processes."""
     known, curves = arms(trace), []
     for name in names:
-        curves.append(run(known[name], network, TARGET_LOSS, limit_s))
+        arm = known[name]
+        curves.append(run(arm, network, TARGET_LOSS, limit_s * arm.models))
         if network.rank == 0:
             curve = curves[-1]
             print(f"{name}: {len(curve.rounds)} steps, {curve.seconds[-1]:.1f} s", flush=True)
@@ -98,7 +99,7 @@ def measure_torch(names: list[str], trace: str, limit_s: float) -> list[Curve]:
         names,
         trace,
         limit_s,
-        deadline_s=(limit_s + 30) * len(names),
+        deadline_s=deadline_s(names, trace, limit_s),
         world_size=RANKS,
         preload=("torch", "commkit.schemes", "trials.stragglers"),
     )
@@ -121,7 +122,7 @@ def measure_mpi(names: list[str], trace: str, limit_s: float) -> list[Curve]:
         environment = {**os.environ, **allowed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(words, env=environment)
         try:
-            process.wait(timeout=(limit_s + 30) * len(names))
+            process.wait(timeout=deadline_s(names, trace, limit_s))
         finally:
             process.terminate()  # which ends its ranks; nothing, if it has ended
             process.wait(timeout=30)
@@ -129,6 +130,11 @@ def measure_mpi(names: list[str], trace: str, limit_s: float) -> list[Curve]:
             raise SystemExit(f"mpirun ended with status {process.returncode}")
         curves: list[Curve] = pickle.loads(Path(folder, "curves").read_bytes())
         return curves
+
+
+def deadline_s(names: list[str], trace: str, limit_s: float) -> float:
+    known = arms(trace)
+    return sum(limit_s * known[name].models + 30 for name in names)
 
 
 def be_a_rank(folder: str) -> None:

@@ -450,10 +450,11 @@ def check(settings: TrainSettings, scheme: StragglerScheme, size: int) -> tuple[
     if (
         isinstance(method, DynamicBackup)
         and method.gain == "smoothness"
-        and settings.optim.name != "sgd"
+        and (settings.optim.name != "sgd" or settings.optim.momentum)
     ):
         raise ValueError(
-            f"scheme.gain: got 'smoothness', which holds for SGD, with optim.name={settings.optim.name}; say "
+            "scheme.gain: got 'smoothness', which holds for SGD without momentum, with "
+            f"optim.name={settings.optim.name} and optim.momentum={settings.optim.momentum:g}; say "
             "--set scheme.gain=noise_scale"
         )
     workers = len(scheme.options.workers(size))

@@ -204,8 +204,8 @@ def test_under_mpirun(tmp_path, text):
         (
             "dbw",
             5,
-            ["scheme.gain=smoothness"],
-            r"scheme.gain: got 'smoothness', which holds for SGD, .* scheme.gain=noise_scale",
+            ["scheme.gain=smoothness", "optim.name=sgd", "optim.momentum=0.9"],
+            r"scheme.gain: got 'smoothness', .* optim.momentum=0.9; say --set scheme.gain=noise_scale",
         ),
         (
             "dbw",
