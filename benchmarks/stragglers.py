@@ -9,11 +9,15 @@ Sequential schemes train T + 1 models in turn, as in their paper; their time is 
 target, divided by T + 1. ``--transport mpi`` starts the ranks with mpirun.
 
     python benchmarks/stragglers.py [--transport torch|mpi] [--trace two|one] [--quick] [--json FILE]
+
+``--only ARM... --keep FILE`` measures some of the arms and keeps their curves; without ``--only``, the arms that FILE
+lacks are measured and all are judged. So a long comparison can be made in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -27,15 +31,28 @@ from typing import Any
 
 from harness import ROOT, run_ranks, values
 from report import Result, Target, main
-from trials.stragglers import WORKERS, Arm, Curve, run
+from trials.stragglers import BATCH, SLOPE_S, WORKERS, Arm, Curve, latencies, run
 
-from commkit.straggler import Backup, Coding, DynamicBackup, Multiplexed, SelectiveRepetition
+from commkit.straggler import (
+    Backup,
+    Coding,
+    DelayProfile,
+    DynamicBackup,
+    Multiplexed,
+    MuRule,
+    SelectiveRepetition,
+    candidates,
+    replay,
+    select,
+)
+from commkit.straggler.families import AutoFamily
 from commkit.transport import MPINetwork, TorchNetwork
 
 TARGET_LOSS = 0.36
-LIMIT_S = 60.0  # of one arm
+LIMIT_S = 60.0  # of one arm and model
 RANKS = WORKERS + 1
 STATIC = range(4, WORKERS + 1)
+PROBE = 40  # rounds of the trace that parameters are selected on
 MU = 0.2  # well above the jitter: whoever is that late is slow
 PAIR = {"burst": 1, "rounds": 4, "stragglers": 8}
 MODELS = {"interleave": "models"}
@@ -48,9 +65,11 @@ def arms(trace: str) -> dict[str, Arm]:
         Arm("coding s=1, no stragglers", Coding(1), "none"),
         Arm("coding s=2, no stragglers", Coding(2), "none"),
         *(Arm(f"first {k}", Backup(k=k), trace) for k in STATIC),
-        Arm("DBW", DynamicBackup(), trace),
+        Arm("DBW", DynamicBackup("noise_scale"), trace),  # the optimizer has momentum
         Arm("coding s=1", Coding(1), trace),
         Arm("coding s=2", Coding(2), trace),
+        Arm("coding s=3", Coding(3), trace),
+        *(Arm(f"coding s={s}, mu-rule", Coding(s, mu=MU), trace) for s in (1, 2, 3)),
         Arm("SR-SGC", SelectiveRepetition(**PAIR, mu=MU), trace, MODELS, models=2),
         Arm("M-SGC", Multiplexed(2, 3, 8, mu=MU), trace, MODELS, models=4),
         Arm("M-SGC, one model", Multiplexed(2, 3, 8, mu=MU), trace),
@@ -67,7 +86,8 @@ def all_arms(network: Any, names: list[str], trace: str, limit_s: float) -> list
     """Every arm in turn, on the same processes."""
     known, curves = arms(trace), []
     for name in names:
-        curves.append(run(known[name], network, TARGET_LOSS, limit_s))
+        arm = known[name]
+        curves.append(run(arm, network, TARGET_LOSS, limit_s * arm.models))
         if network.rank == 0:
             curve = curves[-1]
             print(f"{name}: {len(curve.rounds)} steps, {curve.seconds[-1]:.1f} s", flush=True)
@@ -80,7 +100,7 @@ def measure_torch(names: list[str], trace: str, limit_s: float) -> list[Curve]:
         names,
         trace,
         limit_s,
-        deadline_s=(limit_s + 30) * len(names),
+        deadline_s=deadline_s(names, trace, limit_s),
         world_size=RANKS,
         preload=("torch", "commkit.schemes", "trials.stragglers"),
     )
@@ -101,9 +121,21 @@ def measure_mpi(names: list[str], trace: str, limit_s: float) -> list[Curve]:
         words += ["--bind-to", "none", sys.executable, __file__, "--rank-of", folder]
         allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         environment = {**os.environ, **allowed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run(words, check=True, env=environment, timeout=(limit_s + 30) * len(names))
+        process = subprocess.Popen(words, env=environment)
+        try:
+            process.wait(timeout=deadline_s(names, trace, limit_s))
+        finally:
+            process.terminate()  # which ends its ranks; nothing, if it has ended
+            process.wait(timeout=30)
+        if process.returncode:
+            raise SystemExit(f"mpirun ended with status {process.returncode}")
         curves: list[Curve] = pickle.loads(Path(folder, "curves").read_bytes())
         return curves
+
+
+def deadline_s(names: list[str], trace: str, limit_s: float) -> float:
+    known = arms(trace)
+    return sum(limit_s * known[name].models + 30 for name in names)
 
 
 def be_a_rank(folder: str) -> None:
@@ -119,7 +151,14 @@ def measure(options: argparse.Namespace) -> Result:
     names = options.only or list(named)
     limit_s = 3.0 if options.quick else LIMIT_S
     measure_on = measure_mpi if options.transport == "mpi" else measure_torch
-    curves = dict(zip(names, measure_on(names, options.trace, limit_s), strict=True))
+    curves = kept(options.keep)
+    lacking = [name for name in names if name not in curves]
+    if lacking:
+        curves |= zip(lacking, measure_on(lacking, options.trace, limit_s), strict=True)
+    if options.keep is not None:
+        texts = {name: dataclasses.asdict(curve) for name, curve in curves.items()}
+        options.keep.write_text(json.dumps(texts))
+    curves = {name: curves[name] for name in names}
     settings = {
         "transport": options.transport,
         "trace": options.trace,
@@ -130,9 +169,47 @@ def measure(options: argparse.Namespace) -> Result:
     result.tables["wall clock to the target loss"] = [
         row(name, named[name], curve) for name, curve in curves.items()
     ]
+    result.tables["predicted from the first rounds of the trace"] = predicted(options.trace)
     if not options.quick and not options.only:
         judge(result, {name: seconds(named[name], curve) for name, curve in curves.items()}, curves)
     return result
+
+
+def predicted(trace: str) -> list[dict[str, Any]]:
+    """The parameters of each coded scheme that are fastest when the first ``PROBE`` rounds are replayed, of those whose
+    units divide the batch; and what the others take with them."""
+    times = latencies(trace) + SLOPE_S / WORKERS
+    parts = [
+        DelayProfile(part, 1 / WORKERS, SLOPE_S)
+        for part in (times[:PROBE], times[PROBE : 8 * PROBE])
+    ]
+    rule, best = MuRule(MU), {}
+    for tried in select(parts[0], candidates(WORKERS, 3, WORKERS - 1), rule):
+        units = tried.candidate.build(WORKERS, 1, AutoFamily()).num_units
+        if BATCH % units == 0:
+            best.setdefault(tried.candidate.scheme, tried.candidate)
+    rows = []
+    for scheme, candidate in best.items():
+        done = replay(candidate, parts[1], rule, 6 * PROBE)
+        rows.append(
+            {
+                "scheme": scheme,
+                "B": candidate.burst,
+                "W": candidate.rounds,
+                "s or lambda": candidate.stragglers,
+                "load": done.load,
+                "delay": done.delay,
+                "s/job": done.total / (6 * PROBE),
+            }
+        )
+    return rows
+
+
+def kept(file: Path | None) -> dict[str, Curve]:
+    """The curves of arms that were measured before."""
+    if file is None or not file.exists():
+        return {}
+    return {name: Curve(**fields) for name, fields in json.loads(file.read_text()).items()}
 
 
 def seconds(arm: Arm, curve: Curve) -> float:
@@ -168,10 +245,13 @@ def judge(result: Result, took: dict[str, float], curves: dict[str, Curve]) -> N
             )
             for s in (1, 2)
         ),
-        Target.at_most(
-            "M-SGC / the better coding",
-            1.0,
-            took["M-SGC"] / min(took["coding s=1"], took["coding s=2"]),
+        *(
+            Target.at_most(
+                f"M-SGC / the best coding{rule}, seconds",
+                1.0,
+                took["M-SGC"] / min(took[f"coding s={s}{rule}"] for s in (1, 2, 3)),
+            )
+            for rule in (", mu-rule", "")
         ),
     ]
     base = step["all, no stragglers"]
@@ -182,12 +262,23 @@ def judge(result: Result, took: dict[str, float], curves: dict[str, Curve]) -> N
     result.notes.append(
         f"a step of all workers takes {base:.3f} s without stragglers; with them, so many times that: {times}"
     )
+    result.notes.append(
+        "mu-rule: rounds stay open for (1 + mu) times the fastest worker's time, as in the paper on sequential coding; "
+        "other codings close as soon as they decode, which with copies is often long before, so that they need M-SGC less"
+    )
+    result.notes.append(
+        "M-SGC, one model: gradients are 3 steps old, which this learning rate and momentum do not bear, braked or not"
+    )
+    result.notes.append(
+        "DBW awaits all in its first 5 steps, a larger part of so short a training than of a real one"
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transport", choices=["torch", "mpi"], default="torch")
     parser.add_argument("--trace", choices=["two", "one"], default="two")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="of the arms, these")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="of the curves, to go on from")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ PAPER = {
 }
 NAMES = {"gradient_coding": "gradient coding", "sr_sgc": "SR-SGC", "m_sgc": "M-SGC"}
 FULL = Candidate("gradient_coding", 0)
-DIM, CURVATURE, NOISE, LR, TARGET = 2000, 1.0, 160.0, 0.01, 2.0
+DIM, CURVATURE, NOISE, LR, TARGET = 2000, 1.0, 160.0, 0.005, 1.0
 
 
 class Task:
@@ -126,6 +126,14 @@ def selected(probe: DelayProfile, usable: Callable[[int, int], bool]) -> dict[st
     return best
 
 
+def at_once(probe: DelayProfile, rest: DelayProfile, jobs: int) -> Replayed:
+    """Gradient coding that does not keep to the mu-rule, as in the paper, but closes a round as soon as it decodes."""
+    usable = [Candidate("gradient_coding", s) for s in (1, 3, 7, 15, 31)]
+    code = "fractional_repetition"
+    best = select(probe, usable, MuRule(0), code=code)[0].candidate
+    return replay(best, rest, MuRule(0), jobs, code)
+
+
 def sparse_grid(n: int, s: int) -> bool:
     """Every number of stragglers up to 4, and one in four from there; no matter which code."""
     return s < n and (s <= 4 or s % 4 == 3)
@@ -150,17 +158,19 @@ def measure(options: argparse.Namespace) -> Result:
                 tried[f"{name}, {label}"] = candidate
         tried |= {f"{name}, as in the paper": candidate for name, candidate in PAPER.items()}
         replays = {name: replay(c, rest, MuRule(), jobs, None) for name, c in tried.items()}
+        replays["gradient coding, mu=0"] = at_once(probe, rest, jobs)
         result.tables[f"{what}: seconds for {jobs} jobs, exact gradients"] = [
             exact_row(name, r, replays["full sync"]) for name, r in replays.items()
         ]
-        if what == "bursts":
-            coded = min(
-                r.total for name, r in replays.items() if name.startswith("gradient coding")
-            )
-            multiplexed = min(r.total for name, r in replays.items() if name.startswith("M-SGC"))
+        for label in ("real code", "counted"):
+            pair = [
+                replays[f"{name}, selected, {label}"].total for name in ("M-SGC", "gradient coding")
+            ]
             result.targets.append(
                 Target.at_most(
-                    "M-SGC / gradient coding, seconds (paper: 0.84)", 0.84, multiplexed / coded
+                    f"M-SGC / gradient coding, seconds, {what}, selected, {label} (paper: 0.84)",
+                    0.84,
+                    pair[0] / pair[1],
                 )
             )
         rows = to_the_loss(replays, times[PROBE:], seeds)
@@ -176,6 +186,14 @@ def measure(options: argparse.Namespace) -> Result:
     result.notes.append(
         "counted: decodable if n - s vectors arrived, as an ideal code would be; no code of real coefficients "
         "is usable there in floating point, except that s + 1 divides 256"
+    )
+    result.notes.append(
+        "mu=0: gradient coding closes a round as soon as it decodes, which fractional repetition often does with many "
+        "more than s late; all others keep to the mu-rule with mu=1, as in the paper"
+    )
+    result.notes.append(
+        "DBW awaits all in its first 5 steps, as its windows are empty, and so meets the slowest of 256 five times; the "
+        "best static k is known only afterwards"
     )
     return result
 

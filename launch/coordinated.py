@@ -7,6 +7,7 @@ coordinator: it validates, and writes records and checkpoints; workers add what 
 """
 
 import copy
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from commkit.straggler import (
     StragglerScheme,
     Worker,
 )
+from commkit.straggler.rounds import Rounds
 from commkit.structure import flatten, unflatten
 from commkit.transport import Network
 from launch import baselines
@@ -40,6 +42,7 @@ from launch.progress import Progress
 from launch.rundir import finite
 from launch.schedule import learning_rate
 from launch.settings import TrainSettings
+from launch.world import LauncherWatch
 
 if TYPE_CHECKING:
     from launch.train import Job
@@ -93,6 +96,7 @@ class CoordinatedRun:
         self._open: dict[int, list[StepRecord]] = {}  # records of a step, by model
         self._sent = (0, 0, 0, 0.0)
         self._bar: tqdm[Any] | None = None
+        self._watch = LauncherWatch()
 
     @property
     def settings(self) -> TrainSettings:
@@ -119,6 +123,7 @@ class CoordinatedRun:
         settings, task, model = self.settings, self.job.task, worker.model
 
         def loss_of(share: Share) -> Tensor | None:
+            self._watch.check()
             with torch.random.fork_rng(enabled=settings.model.dropout > 0):
                 if settings.model.dropout > 0:  # the same masks wherever this share is computed
                     torch.manual_seed(share.seed)
@@ -192,6 +197,7 @@ class CoordinatedRun:
 
     def on_step(self, record: StepRecord) -> None:
         """A job is finished; with the last model's, a step."""
+        self._watch.check()
         records = self._open.setdefault(record.step, [])
         records.append(record)
         if len(records) < len(self.models):
@@ -342,9 +348,11 @@ class CoordinatedRun:
     def describe(self) -> str:
         """One line: what is about to run."""
         assert self.coordinator is not None
+        coordinators = len(self.scheme.options.coordinators)
+        workers = len(self.coordinator.party.workers)
         return (
             f"{self.settings.scheme['name']}: {count_parameters(self.models[0]):,} parameters, "
-            f"{len(self.scheme.options.coordinators)} coordinators and {len(self.coordinator.party.workers)} workers "
+            f"{coordinators} coordinator{'s' * (coordinators > 1)} and {workers} worker{'s' * (workers > 1)} "
             f"over {self.scheme.transport}, {self.job.task.headline()}, step {self.progress.step} of "
             f"{self.settings.steps}, into {self.job.run.path}"
         )
@@ -385,19 +393,18 @@ def set_up(job: "Job") -> CoordinatedRun:
     """
     settings, scheme = job.settings, _scheme(job.settings)
     assert scheme is not None
-    check(settings, scheme)
+    size = job.world.size
     if scheme.transport == "mpi":
         if _UNDER_MPIRUN not in os.environ:
             raise ValueError(
                 "scheme.transport: got 'mpi', but these ranks were not started by mpirun; use launch/mpirun.sh, or "
                 "say --set scheme.transport=torch"
             )
-    else:
+        size = int(os.environ[_UNDER_MPIRUN])
+    rounds, batch = check(settings, scheme, size)
+    if scheme.transport == "torch":
         job.world.join(job.device)
     network = scheme.network()
-    workers = len(scheme.options.workers(network.world_size))
-    batch = settings.batch.per_rank * settings.batch.accumulate * workers
-    rounds = scheme.method.build(workers)
     count = rounds.delay + 1 if scheme.options.interleave == "models" else 1
     models = [build(job, number).to(job.device) for number in range(count)]
     made = CoordinatedRun(job, scheme, network, models, [], batch)
@@ -428,8 +435,9 @@ def set_up(job: "Job") -> CoordinatedRun:
     return made
 
 
-def check(settings: TrainSettings, scheme: StragglerScheme) -> None:
-    """
+def check(settings: TrainSettings, scheme: StragglerScheme, size: int) -> tuple[Rounds, int]:
+    """The scheme for so many ranks, and its batch, before any of them has met another.
+
     Raises:
         ValueError: settings that do not go together.
     """
@@ -442,12 +450,25 @@ def check(settings: TrainSettings, scheme: StragglerScheme) -> None:
     if (
         isinstance(method, DynamicBackup)
         and method.gain == "smoothness"
-        and settings.optim.name != "sgd"
+        and (settings.optim.name != "sgd" or settings.optim.momentum)
     ):
         raise ValueError(
-            f"scheme.gain: got 'smoothness', which holds for SGD, with optim.name={settings.optim.name}; say "
+            "scheme.gain: got 'smoothness', which holds for SGD without momentum, with "
+            f"optim.name={settings.optim.name} and optim.momentum={settings.optim.momentum:g}; say "
             "--set scheme.gain=noise_scale"
         )
+    workers = len(scheme.options.workers(size))
+    rounds = method.build(workers)
+    per_rank, accumulate = settings.batch.per_rank, settings.batch.accumulate
+    batch, units = per_rank * accumulate * workers, rounds.num_units
+    if batch % units:
+        step = units // math.gcd(units, accumulate * workers)
+        raise ValueError(
+            f"batch.per_rank: got {per_rank}, which with batch.accumulate={accumulate} and {workers} workers is a batch of "
+            f"{batch}, but {settings.scheme['name']} cuts it into {units} equal parts; say "
+            f"--set batch.per_rank={-(-per_rank // step) * step}"
+        )
+    return rounds, batch
 
 
 def build(job: "Job", number: int) -> nn.Module:

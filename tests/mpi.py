@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import importlib
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+_PR_SET_PDEATHSIG = 1
 
 
 def find_mpirun() -> str | None:
@@ -61,6 +63,7 @@ def run_mpi(
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         try:
             output, _ = process.communicate(timeout=deadline_s)
@@ -96,8 +99,15 @@ def _end(process: subprocess.Popen[str]) -> str:
         process.kill()
 
 
+def _end_with_parent() -> None:
+    """Also when the tests are killed, mpirun shall end, and end its ranks."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _main(directory: Path, patience_s: float) -> None:
-    faulthandler.dump_traceback_later(patience_s)  # where it hangs, if it does
+    # Where it hangs, if it does; and mpirun ends when its ranks do.
+    faulthandler.dump_traceback_later(patience_s, exit=True)
     import torch
 
     torch.set_num_threads(1)

@@ -196,8 +196,9 @@ class DBW(BackupPolicy):
 
     Args:
         num_workers: n.
-        gain: "smoothness", of (10.1), with L from realised decreases of the loss: for SGD. "noise_scale": for Adam
-            and the like, where no eta tells the step; of losses it only asks whether they fall.
+        gain: "smoothness", of (10.1), with L from realised decreases of the loss: for SGD without momentum.
+            "noise_scale": for momentum, Adam and the like, where no eta tells the step; of losses it only asks
+            whether they fall.
         window: steps over which estimates are averaged. 20 where mini-batch losses are noisy.
         loss_tolerance: share by which the loss may rise over the window.
         max_change: largest change of k from one step to the next; n/8 with hundreds of workers.

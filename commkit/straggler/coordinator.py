@@ -235,7 +235,7 @@ class Coordinator:
     def state_dict(self) -> dict[str, Any]:
         """This part's weights, optimizer state and unsent rest, the scheme's state, and what has arrived of jobs under
         way; between jobs, so call it in ``on_step`` or outside :meth:`run`. Workers' residuals are theirs to save.
-        Tensors are not copied."""
+        Only vectors under way are copied."""
         return {
             "weights": [dict(weights) for weights in self._weights],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],

@@ -20,6 +20,7 @@ from .isotonic import monotone_table
 Array = npt.NDArray[np.float64]
 # Beyond L eta = 2 descent diverges and every gain is negative, whatever k is.
 _LARGEST_STEP = 1.98
+_LANDSCAPE = 20  # windows in which the smoothness hardly changes
 
 
 class TimeTable:
@@ -129,19 +130,16 @@ class GainEstimates:
 
     The mean of ``|m|^2 - V/k`` (10.4) is taken first and clamped at 0 after, which biases it less. L comes from
     the realised decreases (10.5), ``2 sum(eta |grad F|^2 - dF) / sum(eta^2 |m|^2)``: the mean of
-    the steps' estimates, those with longer steps counting more.
+    the steps' estimates, those with longer steps counting more. A realised decrease is a small difference of noisy
+    losses, and over one window its noise is larger than L; so L, which changes slowly, looks back over 20 windows.
 
     Args:
         window: steps to look back.
     """
 
     def __init__(self, window: int) -> None:
-        self._steps: deque[_Observed] = deque(maxlen=window + 1)
-
-    @property
-    def window(self) -> int:
-        assert self._steps.maxlen is not None
-        return self._steps.maxlen - 1
+        self.window = window
+        self._steps: deque[_Observed] = deque(maxlen=_LANDSCAPE * window + 1)
 
     @property
     def num_steps(self) -> int:

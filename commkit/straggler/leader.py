@@ -238,9 +238,9 @@ class Leader:
             self._gate.refused.add(worker)
 
     def _lose(self, rank: int, error: PeerLost) -> None:
+        if self._ending and isinstance(error, PeerClosed):
+            return  # it has all, or has sent its part of the weights, while another's is waited for
         if rank in self._party.others:
-            if self._ending and isinstance(error, PeerClosed):
-                return  # after its part of the weights, while another's is waited for
             raise RankFailure(f"{error}; it held a part of the weights") from error
         if isinstance(error, PeerFailed) and self._options.on_worker_error == "raise":
             raise RankFailure(str(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -37,7 +38,7 @@ class CoordinationOptions:
             that are T rounds old; consider adaptive braking. "models": T + 1 models are trained in turn, each
             without any staleness.
         max_behind: rounds that a worker may leave unanswered before it is sent no more; when it comes back it gets
-            the weights in full. So many weights per worker may wait in memory.
+            the weights in full, and joins the round under way. So many weights per worker may wait in memory.
         timeout_s: seconds after which silence is an error. Above the duration of the longest round.
         on_worker_error: an exception on a worker ends the training on all ranks ("raise"), or counts as the loss of
             that worker ("continue"). A worker whose process is killed is always just lost.
@@ -47,7 +48,7 @@ class CoordinationOptions:
         ValueError: a value out of range.
     """
 
-    coordinators: tuple[int, ...] = (0,)
+    coordinators: Sequence[int] = (0,)
     compressor: Compressor | None = None
     broadcast: Compressor | None = None
     policy: Policy = field(default_factory=Policy)

@@ -136,7 +136,7 @@ class Party:
 
     @property
     def others(self) -> tuple[int, ...]:
-        return self.options.coordinators[1:]
+        return tuple(self.options.coordinators[1:])
 
     def join(
         self, error: Exception | None, peers: Sequence[int], method: Mapping[str, Any]

@@ -92,8 +92,12 @@ class Results:
         self._losses.clear()
 
     def state_dict(self) -> dict[str, Any]:
+        """What came is copied: its tensors of several dtypes share the memory of a message, which no file can hold."""
         return {
-            "kept": [[*key, x.number, list(x.tensors), x.loss] for key, x in self._kept.items()],
+            "kept": [
+                [*key, x.number, [t.clone() for t in x.tensors], x.loss]
+                for key, x in self._kept.items()
+            ],
             "sums": [[job, dict(sums)] for job, sums in self._sums.items()],
             "losses": [[job, loss] for job, loss in self._losses.items()],
         }

@@ -222,6 +222,9 @@ class FirstK(Rounds):
     def __init__(self, policy: BackupPolicy, adapts: bool) -> None:
         super().__init__()
         self.policy, self._adapts = policy, adapts
+        self._k: int | None = (
+            None  # of the round under way, which nobody that comes late may change
+        )
         self.num_workers = self.num_units = policy.num_workers
         self.wants_norms = adapts
 
@@ -237,7 +240,7 @@ class FirstK(Rounds):
         self.num_jobs = num_jobs
 
     def restart(self, job: int) -> None:
-        self.number = job
+        self.number, self._k = job, None
 
     def plan(self) -> tuple[tuple[MiniTask, ...], ...]:
         n = self.num_workers
@@ -249,7 +252,9 @@ class FirstK(Rounds):
 
     @property
     def awaited(self) -> int:
-        return self.policy.choose()
+        if self._k is None:
+            self._k = self.policy.choose()
+        return self._k
 
     def enough(self, late: Collection[int], out: Collection[int], dead: Collection[int]) -> bool:
         k = self.awaited
@@ -264,7 +269,7 @@ class FirstK(Rounds):
     def close(self, late: Collection[int]) -> Due | None:
         here = [i for i in range(self.num_workers) if i not in set(late)]
         job, enough = self.number, self.enough(late, late, ())
-        self.number += 1
+        self.number, self._k = self.number + 1, None
         return Due(job, {(i, 0): 1 / len(here) for i in here} if enough else None)
 
     @property
@@ -273,6 +278,7 @@ class FirstK(Rounds):
 
     def observe(self, result: StepResult) -> None:
         self.policy.observe(result)
+        self._k = None
 
     def observe_late(self, number: int, seconds: float) -> None:
         self.policy.observe_late(number, seconds)
@@ -284,4 +290,4 @@ class FirstK(Rounds):
         if "policy" not in state:
             raise ValueError("the state is of a coded scheme; resume with the scheme that saved it")
         self.policy.load_state_dict(state["policy"])
-        self.number = state["number"]
+        self.number, self._k = state["number"], None

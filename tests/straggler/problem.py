@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from commkit.sim import ThreadNetwork, run_threads
 from commkit.straggler import Coordinator, Method, Share, StepRecord, Worker
 from commkit.straggler.options import CoordinationOptions
+from commkit.straggler.rounds import FirstK
 
 BATCH = 48
 FEATURES = 6
@@ -113,10 +114,12 @@ class Script:
         """Whether all workers before it are here in round ``number``, and it is awaited."""
         assert self.coordinator is not None
         rounds = self.coordinator.rounds
-        k = rounds.awaited
-        turn = set(range(worker)) <= set(self.coordinator.gate.arrived)
+        assert isinstance(rounds, FirstK)
+        here = set(range(worker)) <= set(self.coordinator.gate.arrived)
+        # Chosen when the first is here, and by the coordinator alone.
+        awaited = not worker or (rounds._k is not None and worker < rounds._k)
         # Asked last: as long as the round is open, the others were of this round.
-        return turn and (k is None or worker < k) and rounds.number == number
+        return here and awaited and rounds.number == number
 
 
 @dataclass
