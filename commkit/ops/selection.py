@@ -32,7 +32,7 @@ def sample_of(n: int, k: int, seed: int) -> tuple[int, int, int]:
 
 def ranks_around(n: int, k: int, seed: int) -> tuple[int, int, int, int]:
     """(first, stride, low, high) of the same sample: its low-th largest is hardly ever above the k-th largest
-    of all, and its high-th hardly ever below, by two standard deviations of a rank. 0: there is no such one."""
+    of all, and its high-th hardly ever below. 0: there is no such one."""
     first, stride, rank = sample_of(n, k, seed)
     return first, stride, *_around(rank, (n - first + stride - 1) // stride)
 
@@ -53,9 +53,14 @@ def groups_around(n: int, k: int, seed: int) -> tuple[int, int, int, int, int]:
     return first, stride, group, *_around(rank, size)
 
 
+# Standard deviations of a rank. Too few candidates cost another pass or two, too many masked a few writes.
+_BELOW, _ABOVE = 3, 2
+
+
 def _around(rank: int, size: int) -> tuple[int, int]:
-    spread = math.ceil(2 * math.sqrt(rank))
-    return min(size, rank + spread), max(0, rank - spread)
+    deviation = math.sqrt(rank)
+    low, high = (math.ceil(times * deviation) for times in (_BELOW, _ABOVE))
+    return min(size, rank + low), max(0, rank - high)
 
 
 _LOWER, _TRIES = 0.8, 10
