@@ -29,6 +29,7 @@ Arm = Callable[[], object]
 
 TARGETS = {
     "sign pack + error feedback": 1.2,
+    "sign pack + error feedback, one pass": 1.2,
     f"unpack-accumulate of {PEERS} peers": 0.9,
     "int8 quantise": 0.75,
     "int8 quantise, stochastic": 0.75,
@@ -51,6 +52,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
         packed, size = module.encode_signs_compensated_(residual, x, 1.0, None)
         module.accumulate_signs_(residual, [packed], -size)
 
+    # What was sent is taken from the residual on the way of the next step.
     def sign_step_in_one_pass() -> None:
         _, owed[0] = module.encode_signs_compensated_(late, x, 1.0, owed[0])
 
@@ -94,7 +96,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
             all_bits, all_scales, many
         ),
         "sign pack + error feedback": sign_step,
-        "sign pack + error feedback, late": sign_step_in_one_pass,
+        "sign pack + error feedback, one pass": sign_step_in_one_pass,
         "sign write": lambda: module.write_signs_(out, [bits], scale),
         "sign accumulate": lambda: module.accumulate_signs_(out, [bits], scale),
         f"unpack-accumulate of {PEERS} peers": lambda: module.accumulate_signs_(

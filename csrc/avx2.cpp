@@ -267,6 +267,10 @@ COMMKIT_TARGET void correct_momentum(const float *g, const Correction &how, int6
   COMMKIT_BY_KIND(how, correct_all, g, how, n, stream, u, v);
 }
 
+// A branch that was guessed wrong waits for what it depends on: the next pieces are asked for ahead, by so
+// many floats.
+constexpr int64_t kFetch = 512;
+
 template <bool kVelocity, bool kUnsent, bool kNesterov>
 COMMKIT_TARGET int64_t correct_and_select_as(const float *g, const Correction &how, const Cut &cut,
                                              int64_t n, bool stream, float *u, float *v,
@@ -277,6 +281,13 @@ COMMKIT_TARGET int64_t correct_and_select_as(const float *g, const Correction &h
   const int64_t whole = n - n % 8;
   int64_t count = 0;
   for (int64_t i = 0; i < whole; i += 8) {
+    if (i % 16 == 0) {
+      __builtin_prefetch(g + i + kFetch);
+      if (kVelocity)
+        __builtin_prefetch(how.velocity + i + kFetch);
+      if (kUnsent)
+        __builtin_prefetch(how.unsent + i + kFetch);
+    }
     __m256 moved, total;
     correct<kVelocity, kUnsent, kNesterov>(g, how, momentum, i, &moved, &total);
     const __m256 size = magnitude(total);

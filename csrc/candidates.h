@@ -33,6 +33,32 @@ inline int64_t size_of(const Parts &parts) {
   return size;
 }
 
+// Elements at first, first + stride ..., and the `group` - 1 that follow each; group <= stride.
+struct Sample {
+  int64_t first, stride, group;
+};
+
+// The orders of the sampled of n elements. fetch(i) comes well before value(i).
+template <class Fetch, class Value>
+Order sampled_orders(const Sample &sample, int64_t n, int threads, const Fetch &fetch,
+                     const Value &value) {
+  constexpr int64_t kAhead = 16, kCost = 32; // a line of the cache each
+  const int64_t groups = (n - sample.first + sample.stride - 1) / sample.stride;
+  const auto begins = [&](int64_t i) { return sample.first + i * sample.stride; };
+  Order order(groups * sample.group - std::max<int64_t>(0, begins(groups - 1) + sample.group - n));
+  parallel_for(groups, std::min(sample.stride, kCost), threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < std::min(begin + kAhead, end); ++i)
+      fetch(begins(i));
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kAhead < end)
+        fetch(begins(i + kAhead));
+      for (int64_t k = 0; k < sample.group && begins(i) + k < n; ++k)
+        order[i * sample.group + k] = order_of(value(begins(i) + k));
+    }
+  });
+  return order;
+}
+
 // find(begin, end, part) for as many parts of n elements as threads, each of whole chunks.
 template <class Find> Parts collect(int64_t n, int threads, int64_t expected, const Find &find) {
   const int64_t chunks = (n + kChunk - 1) / kChunk;
@@ -75,10 +101,12 @@ template <class IsFirst> uint32_t kth(const Parts &parts, const IsFirst &is_firs
 }
 
 // The k largest of at least k candidates, and of equal ones the first, in rising order. take(place,
-// value, first) and leave(place, first) hear of each.
-template <class IsFirst, class Take, class Leave>
+// value, first) and leave(place, first) hear of each, well after fetch(place, first).
+template <class IsFirst, class Fetch, class Take, class Leave>
 void choose_largest(const Parts &parts, const IsFirst &is_first, int64_t k, int threads,
-                    int64_t *places, float *values, const Take &take, const Leave &leave) {
+                    int64_t *places, float *values, const Fetch &fetch, const Take &take,
+                    const Leave &leave) {
+  constexpr size_t kAhead = 32;
   const uint32_t least = kth(parts, is_first, k);
   std::vector<int64_t> begin(parts.size()), equal(parts.size());
   int64_t above = 0;
@@ -102,6 +130,8 @@ void choose_largest(const Parts &parts, const IsFirst &is_first, int64_t k, int 
     for (int64_t p = from; p < to; ++p) {
       int64_t next = begin[p], ties = equal[p];
       for (size_t i = 0; i < parts[p].size(); ++i) {
+        if (i + kAhead < parts[p].size())
+          fetch(parts[p].places[i + kAhead], is_first(parts[p].values[i + kAhead]));
         const int64_t place = parts[p].places[i];
         const float value = parts[p].values[i];
         const uint32_t order = order_of(value);

@@ -21,10 +21,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLower = 0.8f;
 constexpr int kTries = 10;
 
-struct Sample {
-  int64_t first, stride, low_rank, high_rank;
-};
-
 class Step {
 public:
   Step(const Input &g, const Correction &how, bool masking, float negligible, int64_t n, float *u,
@@ -32,8 +28,9 @@ public:
       : t_(table()), g_(g), how_(how), masking_(masking), negligible_(negligible), n_(n), u_(u),
         v_(v), threads_(threads) {}
 
-  void operator()(const Sample &sample, int64_t k, int64_t *places, float *values) {
-    Cut cut = cut_from(sample);
+  void operator()(const Sample &sample, int64_t low_rank, int64_t high_rank, int64_t k,
+                  int64_t *places, float *values) {
+    Cut cut = cut_from(sample, low_rank, high_rank);
     Parts parts = correct(cut, k);
     if (size_of(parts) < k) {
       restore(parts, cut.high);
@@ -44,26 +41,21 @@ public:
   }
 
 private:
-  // From strided elements, of which u and v are formed ahead of the pass.
-  Cut cut_from(const Sample &sample) const {
-    const int64_t first = sample.first, stride = sample.stride;
-    Order order((n_ - first + stride - 1) / stride);
-    // Each costs lines of the cache, which are asked for well ahead.
-    parallel_for(static_cast<int64_t>(order.size()), std::min<int64_t>(3 * stride, 48), threads_,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     prefetch(first + std::min(i + kAhead, end - 1) * stride);
-                     float u, v;
-                     correct_one(first + i * stride, &u, &v);
-                     order[i] = order_of(v);
-                   }
-                 });
+  // From sampled elements, of which u and v are formed ahead of the pass. high_rank 0: there is none.
+  Cut cut_from(const Sample &sample, int64_t low_rank, int64_t high_rank) const {
+    Order order = sampled_orders(
+        sample, n_, threads_, [&](int64_t i) { prefetch(i); },
+        [&](int64_t i) {
+          float u, v;
+          correct_one(i, &u, &v);
+          return v;
+        });
     Order again = order;
     // NaN is not below anything: as a limit it would make candidates of all.
-    const float low = std::min(magnitude(ranked(order, sample.low_rank)), kInfinity);
+    const float low = std::min(magnitude(ranked(order, low_rank)), kInfinity);
     float high = kInfinity;
-    if (sample.high_rank)
-      high = std::min(magnitude(ranked(again, sample.high_rank)), kInfinity);
+    if (high_rank)
+      high = std::min(magnitude(ranked(again, high_rank)), kInfinity);
     // What is sent for certain loses its velocity as well.
     return {std::max(low, kSmallest), std::max(high, std::nextafter(negligible_, kInfinity)),
             masking_};
@@ -175,6 +167,13 @@ private:
     choose_largest(
         parts, [high](float value) { return !(std::fabs(value) < high) && high == high; }, k,
         threads_, places, values,
+        [&](int64_t place, bool masked) {
+          if (!masked) {
+            __builtin_prefetch(v_ + place, 1);
+            if (masking_)
+              __builtin_prefetch(u_ + place, 1);
+          }
+        },
         [&](int64_t place, float value, bool masked) {
           if (!masked)
             mask(place, value);
@@ -184,8 +183,6 @@ private:
             unmask(place);
         });
   }
-
-  static constexpr int64_t kAhead = 16;
 
   const Table &t_;
   const Input &g_;
@@ -201,13 +198,13 @@ private:
 
 int ck_dgc_step(const void *g, int dtype, int64_t n, const float *velocity, const float *unsent,
                 float momentum, int nesterov, int masking, float negligible, int64_t first,
-                int64_t stride, int64_t low_rank, int64_t high_rank, int64_t k, float *u, float *v,
-                int64_t *places, float *values, int threads) {
+                int64_t stride, int64_t group, int64_t low_rank, int64_t high_rank, int64_t k, float *u,
+                float *v, int64_t *places, float *values, int threads) {
   const Input input(g, dtype, table());
   try {
     Step step(input, {velocity, unsent, momentum, nesterov != 0}, masking != 0, negligible, n, u, v,
               threads);
-    step({first, stride, low_rank, high_rank}, k, places, values);
+    step({first, stride, group}, low_rank, high_rank, k, places, values);
     return 0;
   } catch (const std::bad_alloc &) {
     return -1;

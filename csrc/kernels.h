@@ -87,10 +87,11 @@ COMMKIT_API int ck_ranked_magnitude(const void *x, int dtype, int64_t n, int64_t
                                     int64_t stride, int64_t rank, float *out, int threads);
 
 // places and values of the k largest magnitudes, as ck_largest_of_rows finds them of one row; n > 0,
-// 1 <= k <= n. The rank-th largest of x[first], x[first + stride] ... is where the search begins; any
-// will do, a good one saves time. -1: out of memory.
+// 1 <= k <= n. The rank-th largest of x[first], x[first + stride] ... and the group - 1 elements
+// behind each is where the search begins; any will do, a good one saves time. -1: out of memory.
 COMMKIT_API int ck_largest(const void *x, int dtype, int64_t n, int64_t first, int64_t stride,
-                           int64_t rank, int64_t k, int64_t *places, float *values, int threads);
+                           int64_t group, int64_t rank, int64_t k, int64_t *places, float *values,
+                           int threads);
 
 // out: (rows, k) indices, rising in each row, of its k largest magnitudes; x: (rows, n), n > 0,
 // 1 <= k <= n. -1: out of memory.
@@ -108,15 +109,15 @@ COMMKIT_API void ck_correct_momentum(const void *g, int dtype, int64_t n, const 
                                      float *v, int threads);
 
 // See reference.dgc_step_: places and values have room for k, 1 <= k <= n. The low_rank-th largest of
-// the new v at first, first + stride ... is where the search for the k largest begins, and what is
+// the new v, sampled as by ck_largest, is where the search for the k largest begins, and what is
 // above the high_rank-th (0: none) is taken to be among them; any will do, good ones save time. What
 // is sent of a magnitude not above `negligible` is nothing, and its velocity stays. -1: out of
 // memory, with u and v undefined.
 COMMKIT_API int ck_dgc_step(const void *g, int dtype, int64_t n, const float *velocity,
                             const float *unsent, float momentum, int nesterov, int masking,
-                            float negligible, int64_t first, int64_t stride, int64_t low_rank,
-                            int64_t high_rank, int64_t k, float *u, float *v, int64_t *places,
-                            float *values, int threads);
+                            float negligible, int64_t first, int64_t stride, int64_t group,
+                            int64_t low_rank, int64_t high_rank, int64_t k, float *u, float *v,
+                            int64_t *places, float *values, int threads);
 
 // See reference.frozen_adam_.
 COMMKIT_API void ck_frozen_adam(float *p, float *exp_avg, const float *momentum,

@@ -17,17 +17,9 @@ constexpr int kTries = 10;
 
 // The rank-th largest magnitude of a sample; NaN, which is above all, as infinity: not below a limit of
 // NaN are all.
-float cut_from(const Input &x, int64_t n, int64_t first, int64_t stride, int64_t rank, int threads) {
-  constexpr int64_t kAhead = 16;
-  Order order((n - first + stride - 1) / stride);
-  // Each costs a line of the cache, which is asked for well ahead.
-  parallel_for(static_cast<int64_t>(order.size()), std::min<int64_t>(stride, 16), threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   x.prefetch(first + std::min(i + kAhead, end - 1) * stride);
-                   order[i] = order_of(x.at(first + i * stride));
-                 }
-               });
+float cut_from(const Input &x, int64_t n, const Sample &sample, int64_t rank, int threads) {
+  Order order = sampled_orders(
+      sample, n, threads, [&](int64_t i) { x.prefetch(i); }, [&](int64_t i) { return x.at(i); });
   const float limit = loops::float_of(ranked(order, rank));
   return limit == limit ? limit : std::numeric_limits<float>::infinity();
 }
@@ -48,11 +40,11 @@ Parts at_least(const Input &x, int64_t n, float limit, int64_t expected, int thr
 
 } // namespace
 
-int ck_largest(const void *x, int dtype, int64_t n, int64_t first, int64_t stride, int64_t rank,
-               int64_t k, int64_t *places, float *values, int threads) {
+int ck_largest(const void *x, int dtype, int64_t n, int64_t first, int64_t stride, int64_t group,
+               int64_t rank, int64_t k, int64_t *places, float *values, int threads) {
   const Input input(x, dtype, table());
   try {
-    float limit = cut_from(input, n, first, stride, rank, threads);
+    float limit = cut_from(input, n, {first, stride, group}, rank, threads);
     Parts parts = at_least(input, n, limit, k + k / 4, threads);
     for (int i = 0; size_of(parts) < k; ++i) {
       limit = i < kTries ? limit * kLower : 0; // at last all are candidates
@@ -60,7 +52,7 @@ int ck_largest(const void *x, int dtype, int64_t n, int64_t first, int64_t strid
     }
     choose_largest(
         parts, [](float) { return false; }, k, threads, places, values,
-        [](int64_t, float, bool) {}, [](int64_t, bool) {});
+        [](int64_t, bool) {}, [](int64_t, float, bool) {}, [](int64_t, bool) {});
     return 0;
   } catch (const std::bad_alloc &) {
     return -1;

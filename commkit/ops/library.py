@@ -44,7 +44,7 @@ _SIGNATURES: Signatures = {
     "ck_select_at_least": ([*_INPUT, c_float, POINTER(c_void_p), c_int], c_int64),
     "ck_take": ([_POINTER, _POINTER], None),
     "ck_ranked_magnitude": ([*_INPUT, c_int64, c_int64, c_int64, _POINTER, c_int], c_int),
-    "ck_largest": ([*_INPUT, *[c_int64] * 4, _POINTER, _POINTER, c_int], c_int),
+    "ck_largest": ([*_INPUT, *[c_int64] * 5, _POINTER, _POINTER, c_int], c_int),
     "ck_largest_of_rows": ([*_INPUT, c_int64, c_int64, _POINTER, c_int], c_int),
     "ck_scatter_accumulate": ([_POINTER, c_int64, _POINTER, c_int, _POINTER, c_int64], c_int),
     "ck_correct_momentum": (
@@ -54,7 +54,7 @@ _SIGNATURES: Signatures = {
     "ck_dgc_step": (
         [
             *[*_INPUT, _POINTER, _POINTER, c_float, c_int, c_int, c_float],
-            *[c_int64] * 5,
+            *[c_int64] * 6,
             *[*[_POINTER] * 4, c_int],
         ],
         c_int,

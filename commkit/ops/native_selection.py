@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .binding import DTYPES, call, empty, fits, flat, is_scalar, kernel, run
-from .selection import ranks_around, sample_of
+from .selection import groups_around, sample_of
 
 
 @kernel()
@@ -47,8 +47,8 @@ def largest(x: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
     if not (flat(x) and 1 <= k <= n):
         return reference.largest(x, k, seed)
     places, values = empty((k,), torch.int64, x.device), empty((k,), torch.float32, x.device)
-    first, stride, rank, _ = ranks_around(n, k, seed)
-    if run("ck_largest", x, DTYPES[x.dtype], n, first, stride, rank, k, places, values):
+    *sample, rank, _ = groups_around(n, k, seed)
+    if run("ck_largest", x, DTYPES[x.dtype], n, *sample, rank, k, places, values):
         raise MemoryError("no memory for the candidates of largest")
     return places, values
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .binding import DTYPES, empty, fits, flat, kernel, run
-from .selection import ranks_around
+from .selection import groups_around
 
 
 def serves_correction(
@@ -59,7 +59,7 @@ def dgc_step_(
             *(u, v, g, velocity, unsent, momentum, nesterov, masking, negligible, k, seed)
         )
     places, values = empty((k,), torch.int64, g.device), empty((k,), torch.float32, g.device)
-    how = velocity, unsent, momentum, nesterov, masking, negligible, *ranks_around(n, k, seed)
+    how = velocity, unsent, momentum, nesterov, masking, negligible, *groups_around(n, k, seed)
     if run("ck_dgc_step", g, DTYPES[g.dtype], n, *how, k, u, v, places, values):
         raise MemoryError("no memory for the candidates of dgc_step_")
     return places, values

@@ -10,7 +10,7 @@ import torch
 
 from commkit import ops
 from commkit.ops import reference
-from commkit.ops.selection import ranks_around
+from commkit.ops.selection import groups_around
 
 from .native_levels import levels, needs_native, running
 from .test_native import assert_same, corrected, finite, stepped
@@ -23,10 +23,11 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def sampled(n: int = N) -> torch.Tensor:
     """Whether an element is in the sample."""
-    first, stride, *_ = ranks_around(n, K, SEED)
-    assert stride > 1
+    first, stride, group, *_ = groups_around(n, K, SEED)
+    assert stride > group
     inside = torch.zeros(n, dtype=torch.bool)
-    inside[first::stride] = True
+    for place in range(group):
+        inside[first + place :: stride] = True
     return inside
 
 
