@@ -7,7 +7,9 @@ import signal
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from commkit import RankFailure
 from commkit.compressors import TopK
@@ -123,8 +125,11 @@ def test_a_killed_worker_over_torch() -> None:
 
 @pytest.mark.mpi
 @needs_mpi
+@pytest.mark.timeout(
+    330
+)  # each rank imports torch, while those that are there keep processors busy
 def test_a_killed_worker_over_mpi() -> None:
-    check(run_mpi(over_mpi, 5, dying=[4], deadline_s=DEADLINE_S))
+    check(run_mpi(over_mpi, 3, dying=[2], deadline_s=300.0))
 
 
 def _two_die(rank: int, world_size: int) -> Any:
@@ -191,3 +196,21 @@ def _foreign(rank: int, world_size: int) -> str:
 
 def test_a_foreign_message_is_refused() -> None:
     assert "kind 77" in run_ranks(_foreign, 3, deadline_s=DEADLINE_S)[0]
+
+
+def _wrapped(rank: int, world_size: int) -> str:
+    alone = dist.new_group([1])
+    net = Net(0)
+    ddp = DistributedDataParallel(net, process_group=alone) if rank == 1 else net
+    mine: Any = Worker(net, Coding(1), LIMIT, batch=BATCH) if rank else None
+    mine = mine or Coordinator([net], [sgd(net)], Coding(1), LIMIT, batch=BATCH)
+    with pytest.raises(RuntimeError, match="give Worker a plain module") as error:
+        mine.start()
+    assert ddp is not None  # it lives until here
+    return str(error.value)
+
+
+def test_a_model_in_ddp_is_refused_on_all_ranks() -> None:
+    told = run_ranks(_wrapped, 3, deadline_s=DEADLINE_S)
+    assert "rank 1" in told[0]
+    assert told[0] == told[2]
