@@ -96,7 +96,13 @@ SYSTEMS: tuple[System, ...] = (
         sweep=_SIGN_SWEEP,
         note="own lr; momentum before the vote, none in SGD",
     ),
-    System("topk", {"name": "topk", "density": 0.01}, "sgd", overrides=_CLIPS_FIRST),
+    System(
+        "topk",
+        {"name": "topk", "density": 0.01},
+        "sgd",
+        overrides=_CLIPS_FIRST,
+        note="neither momentum correction nor a warm-up: dgc_99 is this density with both",
+    ),
     System(
         "randomk",
         {"name": "randomk", "density": 0.1},
@@ -119,9 +125,16 @@ SYSTEMS: tuple[System, ...] = (
         sweep={
             task: tuple(10 * lr for lr in TASKS[task].sweep["sgd"]) for task in ("gpt", "digits")
         },
-        note="momentum as a mean inside the scheme, none in SGD, so 10 times the lr is the same step",
+        note="momentum as a mean inside the scheme, none in SGD, so 10 times the lr is the same step; no dense warm-up",
     ),
-    System("econtrol", {"name": "econtrol", "density": 0.1}, "sgd", overrides=_CLIPS_FIRST),
+    System(
+        "econtrol",
+        {"name": "econtrol", "density": 0.1},
+        "sgd",
+        overrides=_CLIPS_FIRST,
+        note="made for ranks with data of their own (heterogeneous.py); here they draw from one text, and it has no "
+        "momentum correction",
+    ),
     System(
         "dgc",
         {"name": "dgc", "density": 0.001, "warmup_steps": 100},
@@ -162,7 +175,7 @@ SYSTEMS: tuple[System, ...] = (
             }
         },
         ranks=(4,),
-        note="nodes of 2 ranks, PowerSGD r4 between them; bytes of both levels",
+        note="nodes of 2 ranks, PowerSGD r4 between them; bytes of both levels; on the GPT with AdamW, as powersgd_adamw",
     ),
     System(
         "onebit_adam",
@@ -181,7 +194,8 @@ SYSTEMS: tuple[System, ...] = (
         },
         "adamw",
         overrides=_NO_CLIPPING,
-        note="signs from the first step; local steps after 60",
+        note="signs from the first step, when the variance is not settled; 60 to 300 steps with up to 8 local ones, where "
+        "the paper has thousands",
     ),
     System(
         "onebit_lamb",
