@@ -17,7 +17,8 @@ from tests.netlab.conftest import ROOT, namespaces
 
 # Builds a lab, starts a command that ignores TERM, says so, and waits.
 OWNER = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has it ignore
 from launch.netlab import Lab
 with Lab(2, "100mbit", name=sys.argv[1]) as lab:
     stubborn = "trap '' TERM; echo $$; while true; do sleep 0.1; done"
