@@ -483,10 +483,15 @@ def test_without_whom_it_cannot_go_on_the_error_says(
 
 @pytest.mark.parametrize("policy", ["raise", "continue"])
 def test_an_exception_on_a_worker(policy: Any) -> None:
+    raised = threading.Event()
+
     def around(worker: Worker) -> None:
         def loss_of(share: Share) -> Tensor:
             if worker.party.rank == 2 and worker.round == 1:
+                raised.set()
                 raise ZeroDivisionError("of its own")
+            if worker.party.rank == 4 and worker.round == 1:  # has the same block: one has to come
+                assert raised.wait(60)
             return loss_on(worker.model, share.samples)
 
         try:
