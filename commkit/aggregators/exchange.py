@@ -71,8 +71,7 @@ class Exchange:
             NonFiniteError: on every rank, if any flag is not finite.
         """
         world_size = self.comm.world_size
-        served = [self.served_by(rank) for rank in range(world_size)]
-        likes = [[like[s] for s in shards] for shards in served]
+        likes = [[like[s] for s in shards] for shards in self._served]
         answer = encode(answers, flag)
         received = self.comm.all_to_all(
             answer.repeat(world_size), [answer.numel()] * world_size, [size_of(l) for l in likes]
@@ -82,5 +81,7 @@ class Exchange:
         return {
             s: payload
             for rank in range(world_size)
-            for s, payload in zip(served[rank], decode(received[rank], likes[rank]), strict=True)
+            for s, payload in zip(
+                self._served[rank], decode(received[rank], likes[rank]), strict=True
+            )
         }

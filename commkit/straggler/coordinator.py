@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from ..runtime.alarm import RankFailure
+from ..runtime.session import Session
 from ..transport import Network, PeerLost, TorchNetwork, Transport
 from .gate import Gate
 from .methods import Method
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     norms: Tensor
 
 
-class Coordinator:
+class Coordinator(Session):
     """Hands out the weights in rounds, takes the gradients of those that are in time, and goes on without the others.
 
     Which gradients make a step exact, or good enough, is the business of ``method``: backup workers, gradient coding,
@@ -147,14 +147,6 @@ class Coordinator:
 
     def __enter__(self) -> Self:
         return self if self._transport is not None else self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(None if error is None else f"{kind.__name__ if kind else ''}: {error}")
 
     def start(self) -> Self:
         """Meet all other ranks. Collective.

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +15,7 @@ from typing_extensions import Self
 from ..aggregators.health import are_finite
 from ..runtime.agreement import mark_attached, refuse_attached, unmark_attached, wrapped_in_ddp
 from ..runtime.alarm import RankFailure
+from ..runtime.session import Session
 from ..transport import (
     Message,
     Network,
@@ -59,7 +59,7 @@ class Share:
 LossOf: TypeAlias = Callable[[Share], "Tensor | None"]
 
 
-class Worker:
+class Worker(Session):
     """Computes what the coordinator's plan says, round by round. See :class:`Coordinator` for an example.
 
     Between rounds it takes every message of the coordinators in order, so that its weights have the bits of everybody
@@ -127,14 +127,6 @@ class Worker:
 
     def __enter__(self) -> Self:
         return self if self._transport is not None else self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(None if error is None else f"{kind.__name__ if kind else ''}: {error}")
 
     @property
     def sent(self) -> ByteCounter:

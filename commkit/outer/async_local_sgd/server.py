@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ...runtime.alarm import RankFailure
+from ...runtime.session import Session
 from ...transport import PeerLost, TorchTransport
 from ..delayed_nesterov import PushRule
 from .dispatch import Dispatcher
@@ -25,7 +25,7 @@ from .stats import AsyncStats, PushRecord
 OnPush: TypeAlias = Callable[[PushRecord], None]
 
 
-class AsyncServer:
+class AsyncServer(Session):
     """Holds the weights and takes what workers push, in whatever order it comes.
 
     Asynchronous local SGD (Liu et al. 2024): a worker downloads weights, does some inner steps on a shard of the
@@ -102,17 +102,6 @@ class AsyncServer:
         if self._transport is None:
             raise RuntimeError("the server is not started; use it in a with block")
         return self._transport
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(None if error is None else f"{kind.__name__ if kind else ''}: {error}")
 
     def start(self) -> Self:
         """Meet all other ranks. Collective.

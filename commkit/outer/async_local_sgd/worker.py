@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ...aggregators.health import are_finite
 from ...metrics import StepStats
 from ...runtime.agreement import mark_attached, refuse_attached, unmark_attached, wrapped_in_ddp
 from ...runtime.alarm import RankFailure
+from ...runtime.session import Session
 from ...transport import Message, PeerLost, Pending, TorchTransport, TransportClosed
 from ...types import Feedback
 from ..anchors import Anchors
@@ -27,7 +27,7 @@ from .options import AsyncOptions
 from .protocol import Kind, Party, Report, Task, message
 
 
-class AsyncWorker:
+class AsyncWorker(Session):
     """Trains on one shard of the data after another, for a server that does not wait for anybody.
 
     A context manager around an ordinary loop. Each ``optimizer.step()`` counts; when a task is done, the step pushes how
@@ -98,17 +98,6 @@ class AsyncWorker:
         self._hook: Any = None
         self._before = (0, 0, 0, 0.0)
         self._last_step = StepStats()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(None if error is None else f"{kind.__name__ if kind else ''}: {error}")
 
     @property
     def last_step(self) -> StepStats:
