@@ -4,25 +4,31 @@ Residuals belong to a rank and are saved by it under the parameter's name. Loade
 they are restored bit for bit. At another one, every rank starts from the mean of the saved residuals,
 which conserves what was left unsent in the mean; servers' residuals are put together and dealt anew, and so
 are the residuals of nodes, as the mean over the nodes.
+
+Sharded models are saved by all ranks together, each its shards, and so are the residuals of shards; loaded over
+another mesh, both are cut anew, and residuals averaged over the replicas first.
 """
 
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from .comm import DistComm
 from .reducer import Reducer
+from .sharded.state import PLACE, Place, ShardedState, place_of
 from .structure import flatten, unflatten
 from .types import NODE, RANK, SHARD, WHOLE, Resizable, StateDict, Stateful
 
@@ -38,7 +44,7 @@ def save(
     *,
     replicated: Mapping[str, Stateful],
     per_rank: Mapping[str, Stateful],
-    reducer: Reducer,
+    reducer: Reducer | ShardedState,
     comm: DistComm,
 ) -> None:
     """Write a checkpoint. Collective over ``comm``; the directory appears only when it is complete, and
@@ -58,8 +64,11 @@ def save(
     own = {key: item.state_dict() for key, item in per_rank.items()}
     state = _prefixed(f"{_PER_RANK}/{_rank(comm.rank)}/", flatten(own))
     state |= _prefixed(f"{_REDUCER}/{_rank(comm.rank)}/", reducer.state_dict())
+    together = flatten(common)
+    if comm.rank != 0:  # shards are everybody's to save
+        together = {key: x for key, x in together.items() if isinstance(x, DTensor)}
+    state |= _prefixed(f"{_REPLICATED}/", together)
     if comm.rank == 0:
-        state |= _prefixed(f"{_REPLICATED}/", flatten(common))
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     comm.barrier()
@@ -82,7 +91,7 @@ def load(
     *,
     replicated: Mapping[str, Stateful],
     per_rank: Mapping[str, Stateful],
-    reducer: Reducer,
+    reducer: Reducer | ShardedState,
     comm: DistComm,
     on_resize: Literal["mean", "error"] = "mean",
 ) -> None:
@@ -98,18 +107,21 @@ def load(
     directory = Path(directory)
     metadata = _metadata(directory)
     saved_by = _world_size(metadata)
-    same = saved_by == comm.world_size
+    places = _places(directory, metadata, saved_by)
+    same = saved_by == comm.world_size and (not places or _same_mesh(places[0], reducer))
     if not same and on_resize == "error":
+        mesh = f" on a mesh of {places[0].replicas} x {places[0].shards}" if places else ""
         raise CheckpointError(
-            f"{directory} was saved by {saved_by} ranks and this job has {comm.world_size}; start "
-            f"{saved_by}, or use on_resize='mean'"
+            f"{directory} was saved by {saved_by} ranks{mesh} and this job has {comm.world_size}; start "
+            f"{saved_by} in the same way, or use on_resize='mean'"
         )
-    _restore(replicated, _read(directory, metadata, f"{_REPLICATED}/"))
+    sharded = _ShardTemplates(replicated)
+    _restore(replicated, _read(directory, metadata, f"{_REPLICATED}/", like=sharded))
     if same:
         _restore(per_rank, _read(directory, metadata, f"{_PER_RANK}/{_rank(comm.rank)}/"))
         state = _read(directory, metadata, f"{_REDUCER}/{_rank(comm.rank)}/")
     else:
-        state = _merged(directory, metadata, saved_by)
+        state = _dealt_anew(directory, metadata, saved_by, places, reducer)
         for item in replicated.values():
             if isinstance(item, Resizable):
                 item.after_resize()
@@ -158,9 +170,77 @@ def merge(states: list[StateDict]) -> StateDict:
     return merged
 
 
-def _merged(directory: Path, metadata: Metadata, saved_by: int) -> StateDict:
-    """The merged state of all old ranks, read tensor by tensor to keep one parameter in memory."""
-    prefixes = [f"{_REDUCER}/{_rank(rank)}/" for rank in range(saved_by)]
+def _dealt_anew(
+    directory: Path,
+    metadata: Metadata,
+    saved_by: int,
+    places: Sequence[Place],
+    reducer: Reducer | ShardedState,
+) -> StateDict:
+    """What this rank starts from, of what other ranks have saved."""
+    if not isinstance(reducer, ShardedState):
+        if places:
+            raise CheckpointError(
+                f"{directory} was saved with a sharded model and this one is not; shard it with fully_shard"
+            )
+        return _merged(directory, metadata, range(saved_by))
+    if not places:
+        raise CheckpointError(
+            f"{directory} was saved with a model that was not sharded and this one is; load it without fully_shard"
+        )
+    per_shard = [
+        _merged(directory, metadata, [r for r, place in enumerate(places) if place.shard == shard])
+        for shard in range(places[0].shards)
+    ]
+    return reducer.merged(per_shard, places[0])
+
+
+def _places(directory: Path, metadata: Metadata, saved_by: int) -> list[Place]:
+    """Where the old ranks were on their mesh, if the model was sharded."""
+    states = [
+        _read(directory, metadata, f"{_REDUCER}/{_rank(rank)}/", PLACE) for rank in range(saved_by)
+    ]
+    return [place_of(state) for state in states if state]
+
+
+def _same_mesh(place: Place, reducer: Reducer | ShardedState) -> bool:
+    return isinstance(reducer, ShardedState) and (place.replicas, place.shards) == (
+        reducer.place.replicas,
+        reducer.place.shards,
+    )
+
+
+class _ShardTemplates:
+    """Tensors of which this rank holds shards, by their key in a checkpoint: of models and of optimizers."""
+
+    def __init__(self, items: Mapping[str, Stateful]) -> None:
+        self._models: dict[str, DTensor] = {}
+        self._optimizers: dict[str, list[Tensor]] = {}
+        for name, item in items.items():
+            if isinstance(item, nn.Module):
+                for key, x in item.state_dict().items():
+                    if isinstance(x, DTensor):
+                        self._models[f"tensor.{name}.{key}"] = x
+            elif isinstance(item, Optimizer):
+                self._optimizers[name] = [p for group in item.param_groups for p in group["params"]]
+
+    def get(self, key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An empty tensor to read ``key`` into: this rank's shard of it, or all of it."""
+        like = self._models.get(key)
+        _, _, path = key.partition(".")
+        name, _, rest = path.partition(".state.")
+        if like is None and rest and name in self._optimizers:  # a moment is cut like its parameter
+            p = self._optimizers[name][int(rest.partition(".")[0])]
+            if isinstance(p, DTensor) and p.shape == size:
+                like = p
+        if like is None:
+            return torch.empty(size, dtype=dtype)
+        return torch.empty_like(like, dtype=dtype, requires_grad=False)
+
+
+def _merged(directory: Path, metadata: Metadata, ranks: Iterable[int]) -> StateDict:
+    """The merged state of some old ranks, read tensor by tensor to keep one parameter in memory."""
+    prefixes = [f"{_REDUCER}/{_rank(rank)}/" for rank in ranks]
     names = dict.fromkeys(
         key.removeprefix(prefix).rpartition("@")[0] or key.removeprefix(prefix)
         for prefix in prefixes
@@ -174,14 +254,24 @@ def _merged(directory: Path, metadata: Metadata, saved_by: int) -> StateDict:
     return merged
 
 
-def _read(directory: Path, metadata: Metadata, prefix: str, name: str | None = None) -> StateDict:
-    """All tensors saved under ``prefix`` (whose key is ``name`` or a shard of it), keyed without it."""
+def _read(
+    directory: Path,
+    metadata: Metadata,
+    prefix: str,
+    name: str | None = None,
+    like: _ShardTemplates | None = None,
+) -> StateDict:
+    """All tensors saved under ``prefix`` (whose key is ``name`` or a shard of it), keyed without it; of those that
+    ``like`` knows this rank's shards."""
     state: StateDict = {}
     for key, entry in metadata.state_dict_metadata.items():
         rest = key.removeprefix(prefix)
         wanted = name is None or rest == name or rest.rpartition("@")[0] == name
         if key.startswith(prefix) and wanted and isinstance(entry, TensorStorageMetadata):
-            state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            size, dtype = entry.size, entry.properties.dtype
+            state[key] = (
+                torch.empty(size, dtype=dtype) if like is None else like.get(rest, size, dtype)
+            )
     if state:
         with warnings.catch_warnings():  # it says that it is not distributed, as asked
             warnings.filterwarnings("ignore", message=".*intent is to load in a single process")

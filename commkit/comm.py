@@ -19,10 +19,14 @@ from .types import ByteCounter, ReduceOp
 _PEER = {dist.isend: "group_dst", dist.irecv: "group_src"}
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
-# torch 2.13 renamed all_gather_into_tensor and warns about the old name; 2.11 knows only that one.
+# torch 2.13 renamed these and warns about the old names; 2.11 knows only those.
 _all_gather_single = cast(
     Callable[..., Any],
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor,
+)
+_reduce_scatter_single = cast(
+    Callable[..., Any],
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor,
 )
 
 
@@ -83,6 +87,34 @@ class DistComm:
         _all_gather_single(out, x, group=self.group)
         self._count("all_gather", nbytes(x), (self._world_size - 1) * nbytes(x), start)
         return out.view(self._world_size, -1)
+
+    def all_gather_into(self, out: Tensor, x: Tensor, async_op: bool = False) -> dist.Work | None:
+        """As FSDP gathers: ``x``, (n,), of all ranks into ``out``, (world_size n,). The handle if ``async_op``."""
+        start = time.perf_counter()
+        work: dist.Work | None = _all_gather_single(out, x, group=self.group, async_op=async_op)
+        self._count("all_gather", nbytes(x), (self._world_size - 1) * nbytes(x), start)
+        return work
+
+    def reduce_scatter_into(
+        self, out: Tensor, x: Tensor, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        """As FSDP scatters: the reduction ``op`` of torch's of all ranks' ``x``, (world_size n,), into ``out``, (n,). The
+        handle if ``async_op``. gloo moves what an all-reduce does, and that is counted."""
+        start = time.perf_counter()
+        work: dist.Work | None = _reduce_scatter_single(
+            out, x, op=op, group=self.group, async_op=async_op
+        )
+        wire = (self._world_size - 1) * nbytes(out)
+        if dist.get_backend(self.group) == "gloo":
+            wire = all_reduce_wire_bytes(nbytes(x), self._world_size)
+        self._count("reduce_scatter", nbytes(x), wire, start)
+        return work
+
+    def joined(self, group: dist.ProcessGroup, label: str) -> DistComm:
+        """A comm over another group that this rank is in, whose bytes are counted here too, under ``label``."""
+        other = DistComm(group, self._timeout_s)
+        other._bytes, other._label = self._bytes, f"{self._label}{label}/"
+        return other
 
     def all_to_all(
         self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
@@ -151,9 +183,7 @@ class DistComm:
             # the ranks of a destroyed one its name, and with it the stale addresses in the store.
             everybody = own == tuple(range(self._world_size))
             group = self.group if everybody else new_group_like(self.group, self._timeout_s, own)
-            part = DistComm(group, self._timeout_s)
-            part._bytes, part._label = self._bytes, f"{self._label}{label}/"
-            self._parts[label, own] = part
+            self._parts[label, own] = self.joined(group, label)
         return self._parts[label, own]
 
     def _count(self, op: str, payload_bytes: int, wire_bytes: int, start: float) -> None:

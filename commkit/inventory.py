@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import importlib.util
 import inspect
@@ -25,6 +26,7 @@ from .reducer import Reducer
 from .registry import lookup, names
 from .runtime.codec import Codec
 from .schemes import make_scheme
+from .sharded import Segment, ShardedScheme, gather_into
 from .sim import ThreadComm, ThreadNetwork, run_threads
 from .straggler import Share, StragglerScheme
 from .types import SHARED
@@ -47,6 +49,7 @@ _WRAPPERS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2", "deepspeed": "Dee
 _WORKS_WITH: dict[str, tuple[str, ...]] = {
     "round": ("plain module",),
     "task": ("plain module",),
+    "step of FSDP": ("FSDP2",),
     "": ("Python alone",),
 }
 _REQUIRED = ("torch", "numpy", "pydantic", "PyYAML")
@@ -62,8 +65,8 @@ class SchemeCard:
         description: the first sentence of its docstring.
         paper: that the docstring cites; empty if none.
         wrappers: what it can be attached to.
-        every: what payload_bytes and wire_bytes are sent in, "step", "round", or "task" of a worker and its server;
-            empty if nothing is sent.
+        every: what payload_bytes and wire_bytes are sent in, "step", "round", "task" of a worker and its server, or
+            "step of FSDP", which gathers weights twice and scatters gradients; empty if nothing is sent.
         payload_bytes: per step or round and million float32 parameters, mean of two ranks; None if the
             scheme cannot be built without knobs.
         wire_bytes: sent for that.
@@ -158,6 +161,9 @@ def _measure(name: str) -> _Cost:
         return _measure_task(made)
     if isinstance(made, StragglerScheme):
         return _measure_workers(made)
+    if isinstance(made, ShardedScheme):
+        payload, wire = run_threads(partial(_measure_sharded, made), world_size=2)[0]
+        return _Cost("step of FSDP", payload, wire, 0.0)
     measure = _measure_method if isinstance(made, OuterScheme) else _measure_rank
     # Servers hold shards of unequal size: take the mean.
     told = run_threads(partial(measure, name), world_size=2)
@@ -248,10 +254,26 @@ def _measure_workers(made: StragglerScheme) -> _Cost:
     return _Cost("round", payload, wire, state / SIDE**2)
 
 
+def _measure_sharded(made: ShardedScheme, comm: ThreadComm) -> tuple[int, int]:
+    """Of one parameter: weights gathered for forward and for backward, its gradient scattered."""
+    made = dataclasses.replace(made, local_size=None if made.between is None else 1)
+    segments = (Segment("weight", SIDE, SIDE, comm.world_size),)
+    shapes = {"weight": torch.Size((SIDE, SIDE))}
+    row = torch.randn(SIDE * SIDE // comm.world_size)
+    out = row.new_empty(comm.world_size, row.numel())
+    codec, exchange = made.gathering(shapes), made.scattering(shapes, comm)
+    assert codec is not None
+    assert exchange is not None
+    for _ in range(2):
+        gather_into(out, row, segments, codec, comm, step=0)
+    exchange.mean_into(row, torch.randn(out.shape), segments, step=0)
+    return comm.bytes.payload_bytes, comm.bytes.wire_bytes
+
+
 def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float]:
     weight = torch.nn.Parameter(torch.zeros(SIDE, SIDE))
     made = make_scheme(name, _MEASURED_WITH.get(name))
-    assert not isinstance(made, OuterScheme | StragglerScheme)
+    assert not isinstance(made, OuterScheme | StragglerScheme | ShardedScheme)
     optimizer = made([weight], lr=1e-3) if isinstance(made, OptimizerScheme) else None
     reducer = optimizer.reducer if optimizer is not None else made
     assert isinstance(reducer, Reducer)

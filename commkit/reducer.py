@@ -63,6 +63,9 @@ class Reducer:
     Attributes:
         whole_step: the scheme must see all gradients of a step together (for their norm): adapters then
             call :meth:`reduce` once, after backward, which hides nothing of the communication.
+        shards: where every tensor is a shard, the ranks that hold the other shards; norms are of whole tensors.
+            Set by adapters.
+        shapes: there, the shapes of the whole tensors by name: the policy decides by them, alike for all shards.
         compressed: names that were compressed in the step that :meth:`end_step` closed last.
         skipped: that step was not finite and has left no trace.
 
@@ -97,6 +100,8 @@ class Reducer:
         self.policy = Policy() if policy is None else policy
         self.seed = seed
         self.step = 0
+        self.shards: Comm | None = None
+        self.shapes: Mapping[str, torch.Size] = {}
         self.compressed: frozenset[str] = frozenset()
         self.skipped = False
         self._reduced: set[str] = set()
@@ -131,7 +136,8 @@ class Reducer:
         if isinstance(self.aggregator, Preparable):
             step = max(self.step, self.policy.start_step)
             ctxs = [replace(self._ctx(key, x), step=step) for key, x in named.items()]
-            self.aggregator.prepare([c for c in ctxs if self.policy.compresses(c)], comm)
+            chosen = [c for c in ctxs if self.policy.compresses(self._whole(c))]
+            self.aggregator.prepare(chosen, comm)
 
     def reduce(
         self, named: Mapping[str, Tensor], comm: Comm, hold: Collection[str] = ()
@@ -155,7 +161,11 @@ class Reducer:
 
     def compresses(self, named: Mapping[str, Tensor]) -> list[str]:
         """The names that this step's reduction compresses."""
-        return [key for key, x in named.items() if self.policy.compresses(self._ctx(key, x))]
+        return [
+            key
+            for key, x in named.items()
+            if self.policy.compresses(self._whole(self._ctx(key, x)))
+        ]
 
     def _begin(self, named: Mapping[str, Tensor]) -> None:
         again = self._reduced.intersection(named)
@@ -168,7 +178,7 @@ class Reducer:
 
     def _clip(self, named: Mapping[str, Tensor], comm: Comm) -> None:
         if self.max_grad_norm:
-            coefficient = clip_coefficient(mean_norm(named, comm), self.max_grad_norm)
+            coefficient = clip_coefficient(mean_norm(named, comm, self.shards), self.max_grad_norm)
             if coefficient < 1:
                 for x in named.values():
                     x.mul_(coefficient)
@@ -194,7 +204,12 @@ class Reducer:
                 dense, results = list(named), {}
             if self._ok:
                 self._flush(
-                    [k for k in dense if k not in hold and self.policy.releases(ctxs[k])], named
+                    [
+                        k
+                        for k in dense
+                        if k not in hold and self.policy.releases(self._whole(ctxs[k]))
+                    ],
+                    named,
                 )
             results.update(all_reduce_dense({key: named[key] for key in dense}, comm))
             if self._ok and self._stateful:
@@ -236,6 +251,11 @@ class Reducer:
                 part.load_state_dict(kept)
 
     @property
+    def finite(self) -> bool:
+        """Whether the step that is under way was finite so far."""
+        return self._ok
+
+    @property
     def residual_norm(self) -> float:
         """2-norm of what feedback has left unsent on this rank; for a hierarchical scheme, of its node's
         residuals that this rank keeps."""
@@ -266,6 +286,10 @@ class Reducer:
 
     def _ctx(self, key: str, x: Tensor) -> TensorCtx:
         return TensorCtx(key, x.shape, x.dtype, x.device, self.step, self.seed)
+
+    def _whole(self, ctx: TensorCtx) -> TensorCtx:
+        shape = self.shapes.get(ctx.key)
+        return ctx if shape is None else replace(ctx, shape=shape)
 
     def _reduce_compressed(
         self,

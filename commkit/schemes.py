@@ -28,6 +28,7 @@ from .compressors import (
     BlockQuantize,
     Cast,
     DynamicTree,
+    MinMax,
     Natural,
     NoCompression,
     RandomK,
@@ -78,6 +79,7 @@ from .outer.trainers import Pairing
 from .policy import Policy
 from .reducer import Reducer
 from .registry import register
+from .sharded import ShardedScheme
 from .straggler import (
     Backup,
     CodeFamily,
@@ -444,6 +446,11 @@ def hierarchical(
         ValueError: a scheme that compresses nothing, or wrong nodes.
     """
     inner = scheme if isinstance(scheme, Reducer | OptimizerScheme) else make_scheme(scheme)
+    if isinstance(inner, ShardedScheme):
+        raise TypeError(
+            f"scheme={scheme!r} is for sharded models; put the scheme of the slow axis into hsdp: {{name: hsdp, scheme: "
+            "...}"
+        )
     if isinstance(inner, StragglerScheme):
         raise TypeError(f"scheme={scheme!r} has a coordinator and knows no nodes; use it as it is")
     if isinstance(inner, AsyncScheme):
@@ -959,6 +966,107 @@ def async_local_sgd(
     return AsyncScheme(AsyncOptions(**knobs), DelayedNesterov() if rule is None else rule)
 
 
+@register("scheme", "qsdp")
+def qsdp(
+    weight_bits: Literal[2, 4, 8, 16, 32] = 8,
+    gradient_bits: Literal[2, 4, 8, 16, 32] = 8,
+    bucket_size: int = 1024,
+    feedback: Literal["none", "error_feedback"] = "none",
+    min_numel: int = 1024,
+    min_ndim: int = 2,
+    exclude: Sequence[str] = (),
+) -> ShardedScheme:
+    """QSDP (Markov et al. 2023): FSDP whose gathered weights and scattered gradients are quantised. For models under
+    ``fully_shard``. No state; 1.008 bytes per element each way at 8 bits, where FSDP sends 4 or 2.
+
+    Args:
+        weight_bits: of the gathered weights, on a lattice that is shifted at random after every optimizer step; the
+            optimizer's own shards stay as they are. 16 is bfloat16; 32 leaves the gather to FSDP. Below 8 wants a
+            trial.
+        gradient_bits: of the scattered gradients, rounded at random so that their mean is right. 4 is noisy with few
+            ranks.
+        bucket_size: elements per range of either, a multiple of 4.
+        feedback: "error_feedback" keeps what the gradients' codes leave unsent and rounds to the nearest: less noise at
+            4 bits, for a residual as large as the whole model on every rank, 4 bytes per element.
+        min_numel: smaller parameters go in full precision, each as a whole.
+        min_ndim: so do those of fewer dimensions: norms and biases at 2.
+        exclude: and those whose name matches one of these shell patterns.
+    """
+    rounding: Literal["nearest", "stochastic"] = "nearest" if feedback != "none" else "stochastic"
+    return ShardedScheme(
+        weights=_ranged(weight_bits, bucket_size, "shift"),
+        gradients=_ranged(gradient_bits, bucket_size, rounding),
+        feedback=feedback,
+        policy=Policy(0, min_numel, min_ndim, exclude),
+    )
+
+
+@register("scheme", "zeropp")
+def zeropp(
+    weight_bits: Literal[4, 8, 16, 32] = 8,
+    gradient_bits: Literal[4, 8, 16, 32] = 4,
+    weight_block: int = 256,
+    gradient_block: int = 256,
+    local_size: int | None = None,
+    nodes: Nodes | None = None,
+    min_numel: int = 1024,
+    min_ndim: int = 2,
+    exclude: Sequence[str] = (),
+) -> ShardedScheme:
+    """ZeRO++ (Wang et al. 2023): block-quantised gathers, and gradients that are averaged inside each node before they
+    cross to others. For models under ``fully_shard`` over several nodes. No state.
+
+    Its third part, a second copy of the weights inside each node for backward, is FSDP's own: give ``fully_shard``
+    ``reshard_after_forward`` as the number of ranks per node.
+
+    Args:
+        weight_bits: of the gathered weights, nearest rounding. 16 is bfloat16; 32 leaves the gather to FSDP.
+        gradient_bits: of the gradients in both hops, rounded at random. 32 leaves the scatter to FSDP.
+        weight_block: elements per scale of the weights.
+        gradient_block: elements per scale of the gradients.
+        local_size: ranks per node; None: the environment's LOCAL_WORLD_SIZE, which launchers set.
+        nodes: the ranks of each node instead.
+        min_numel: smaller parameters go in full precision, each as a whole.
+        min_ndim: so do those of fewer dimensions: norms and biases at 2.
+        exclude: and those whose name matches one of these shell patterns.
+    """
+    gradients = _blocked(gradient_bits, gradient_block, "stochastic")
+    return ShardedScheme(
+        weights=_blocked(weight_bits, weight_block, "nearest"),
+        gradients=gradients,
+        between=gradients,
+        policy=Policy(0, min_numel, min_ndim, exclude),
+        local_size=local_size,
+        nodes=nodes,
+    )
+
+
+@register("scheme", "hsdp")
+def hsdp(scheme: Scheme, inside: Scheme | ShardedScheme | None = None) -> ShardedScheme:
+    """Sharded inside each node, any scheme between the replicas of a mesh: ``{name: hsdp, scheme: {name: powersgd}}``.
+    ``fully_shard`` gets the shard axis alone, :func:`commkit.attach` the whole mesh. Residuals are of shards: their memory is
+    divided by the number of shard ranks.
+
+    The scheme sees a parameter's shard as the tensor that it compresses: one scale, or one low-rank matrix, for each.
+
+    Args:
+        scheme: for the replicate axis: a name, a block or a Reducer.
+        inside: for the shard axis, "qsdp" or "zeropp" or a block of theirs; None leaves it to FSDP.
+
+    Raises:
+        TypeError: ``scheme`` reduces no gradients, or ``inside`` is not for sharded models.
+    """
+    made = ShardedScheme()
+    if inside is not None:
+        told = inside if isinstance(inside, ShardedScheme) else make_scheme(inside)  # type: ignore[arg-type]
+        if not isinstance(told, ShardedScheme) or told.reducer is not None:
+            raise TypeError(
+                f"inside={inside!r} must be qsdp or zeropp; leave it out for FSDP's own"
+            )
+        made = told
+    return dataclasses.replace(made, reducer=make_reducer(scheme))
+
+
 @register("scheme", "backup")
 def backup(
     num_backups: int = 1,
@@ -1076,6 +1184,22 @@ def _block_quantised(
     )
 
 
+def _ranged(
+    bits: int, bucket_size: int, rounding: Literal["shift", "stochastic", "nearest"]
+) -> Compressor | None:
+    if bits in (16, 32):
+        return Cast("bf16") if bits == 16 else None
+    return MinMax(bits, bucket_size, rounding)  # type: ignore[arg-type]
+
+
+def _blocked(
+    bits: int, block_size: int, rounding: Literal["nearest", "stochastic"]
+) -> Compressor | None:
+    if bits in (16, 32):
+        return Cast("bf16") if bits == 16 else None
+    return BlockQuantize(bits, block_size, rounding)  # type: ignore[arg-type]
+
+
 def _checked(scheme: OptimizerScheme) -> OptimizerScheme:
     """Raise now what is wrong with the knobs, not when parameters come."""
     scheme([torch.zeros(0)], lr=0.0)
@@ -1120,6 +1244,11 @@ def make_reducer(scheme: Scheme, knobs: Mapping[str, Any] | None = None) -> Redu
             f"scheme {_block(scheme)['name']!r} has servers and workers, it reduces no gradients: see "
             "commkit.outer.AsyncServer and AsyncWorker, or train with launch/train.py"
         )
+    if isinstance(made, ShardedScheme):
+        raise TypeError(
+            f"scheme {_block(scheme)['name']!r} is for sharded models: call torch.distributed.fsdp.fully_shard on the "
+            "model, then commkit.attach(model, scheme, optimizer)"
+        )
     if isinstance(made, StragglerScheme):
         raise TypeError(
             f"scheme {_block(scheme)['name']!r} has a coordinator, it reduces no gradients among equals: "
@@ -1131,11 +1260,12 @@ def make_reducer(scheme: Scheme, knobs: Mapping[str, Any] | None = None) -> Redu
 
 def make_scheme(
     scheme: str | Path | Mapping[str, Any], knobs: Mapping[str, Any] | None = None
-) -> Reducer | OptimizerScheme | OuterScheme | AsyncScheme | StragglerScheme:
+) -> Reducer | OptimizerScheme | OuterScheme | AsyncScheme | StragglerScheme | ShardedScheme:
     """As :func:`make_reducer`, also for schemes that come without what they need:
 
     - optimizers, without parameters: ``make_scheme("onebit_adam")(model.parameters(), lr=1e-3)``;
     - those that train with local updates, without a model: ``make_scheme("diloco")(model, optimizer)``;
+    - those for sharded models, without one: ``attach(model, make_scheme("qsdp"), optimizer)``;
     - the asynchronous one, a role for each rank: ``make_scheme("async_local_sgd").worker(model, optimizer)``;
     - those with a coordinator: ``make_scheme("dbw").coordinate([model], [optimizer], batch=64)`` on one rank,
       ``.work(model, batch=64)`` on the others.
@@ -1149,7 +1279,9 @@ def make_scheme(
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"scheme.seed={seed!r} must be an integer")
     made = build("scheme", block, "scheme")
-    if isinstance(made, OptimizerScheme | OuterScheme | StragglerScheme):
+    if isinstance(made, ShardedScheme) and made.reducer is not None:
+        made.reducer.seed = seed
+    if isinstance(made, OptimizerScheme | OuterScheme | StragglerScheme | ShardedScheme):
         return dataclasses.replace(made, seed=seed)
     if isinstance(made, AsyncScheme):
         return dataclasses.replace(made, options=dataclasses.replace(made.options, seed=seed))

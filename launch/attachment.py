@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import commkit
+from commkit.sharded import ShardedState
 from commkit.types import Comm
 
 
@@ -34,7 +35,8 @@ class Attachment(Protocol):
     """What the loop needs of a scheme at work: :class:`commkit.Handle`,
     :class:`commkit.outer.OuterSync` or :class:`launch.baselines.Baseline`."""
 
-    reducer: commkit.Reducer
+    @property
+    def reducer(self) -> commkit.Reducer | ShardedState: ...
 
     @property
     def comm(self) -> Comm: ...

@@ -19,6 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import (
     quantization_hooks,
 )
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -199,8 +200,14 @@ def check(scheme: Mapping[str, Any], resume: bool) -> None:
             )
 
 
-def attach(model: torch.nn.Module, optimizer: Optimizer, scheme: Mapping[str, Any]) -> Attachment:
-    """Reduce the model's gradients as ``scheme`` says, by commkit or by one of torch's hooks.
+def attach(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    scheme: Mapping[str, Any],
+    mesh: DeviceMesh | None = None,
+) -> Attachment:
+    """Reduce the model's gradients as ``scheme`` says, by commkit or by one of torch's hooks; ``mesh`` is that of a
+    sharded model with replicas.
 
     Raises:
         ConfigError: unknown name or field, or a value out of range.
@@ -209,7 +216,7 @@ def attach(model: torch.nn.Module, optimizer: Optimizer, scheme: Mapping[str, An
     if isinstance(optimizer, commkit.optim.CommOptimizer):
         return commkit.attach(model, optimizer)
     if not is_baseline(scheme):
-        return commkit.attach(model, scheme, optimizer)
+        return commkit.attach(model, scheme, optimizer, mesh=mesh)
     assert isinstance(model, DistributedDataParallel)
     recipe, knobs = _resolve(scheme)
     handle = Baseline(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchdata.stateful_dataloader import (  # type: ignore[import-untyped]
@@ -19,6 +20,7 @@ from tqdm import tqdm
 import commkit
 from commkit.metrics import MetricsSink
 from commkit.outer import AdLoCo, DFedSAM, OuterSync
+from launch import sharding
 from launch.attachment import Attachment
 from launch.interface import InterfaceMeter
 from launch.progress import Progress, RandomState
@@ -184,7 +186,7 @@ class Trainer:
         """Backward passes inside send nothing."""
         if isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
-        return nullcontext()
+        return sharding.no_sync(self.model)
 
     @property
     def module(self) -> nn.Module:
@@ -216,10 +218,21 @@ class Trainer:
             for buffer in self.module.buffers():
                 self.handle.comm.broadcast(buffer, src=0)
         mine = self.task.validation(self.rank, self.handle.comm.world_size)
+        if isinstance(self.model, FSDPModule):
+            mine = self.as_many_for_all(mine)
         sums = measured(self.module, self.task, mine, self.device, self.settings)
         *totals, count = self.sum_over_ranks(sums).tolist()
         self.progress.tick()
         return {name: total / count for name, total in zip(self.task.metrics, totals, strict=True)}
+
+    def as_many_for_all(self, mine: Iterator[Tensor]) -> Iterator[Tensor]:
+        """``mine``, and then empty batches, so that all ranks of a sharded model run forward equally often."""
+        own = list(mine)
+        count = torch.tensor([len(own)], device=self.device)
+        most = int(self.handle.comm.all_reduce(count, op="max"))
+        some = next(iter(self.task.validation(0, 1)))
+        yield from own
+        yield from (some[:0] for _ in range(most - len(own)))
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         return self.handle.comm.all_reduce(x, op="sum")
@@ -278,7 +291,8 @@ def measured(
     for batch in batches:
         with autocast(device, settings):
             means = task.measure(model, batch.to(device))
-        sums[:-1] += means * batch.shape[0]
+        if batch.shape[0]:  # the mean of none is no number
+            sums[:-1] += means * batch.shape[0]
         sums[-1] += batch.shape[0]
     model.train()
     return sums

@@ -118,6 +118,15 @@ class DDPSettings(Section):
     gradient_as_bucket_view: bool = False
 
 
+class FSDPSettings(Section):
+    """How schemes for sharded models shard; see :mod:`launch.sharding`."""
+
+    # Ranks that hold one replica; 0: those of a node if the scheme reduces between replicas, else all.
+    shards: NonNegativeInt = 0
+    # As for ``fully_shard``. A number of ranks keeps weights sharded among so many until backward has used them.
+    reshard_after_forward: bool | PositiveInt = True
+
+
 # Defaults that ``task: digits`` has of its own; fields given in a recipe go before them.
 DIGITS_DEFAULTS: dict[str, dict[str, Any]] = {
     "optim": {"name": "sgd", "lr": 0.05, "weight_decay": 5e-4, "momentum": 0.9, "grad_clip": 0.0},
@@ -144,6 +153,7 @@ class TrainSettings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
     ddp: DDPSettings = DDPSettings()
+    fsdp: FSDPSettings = FSDPSettings()
     tensorboard: bool = False
     scheme: dict[str, Any]  # {name: ..., knobs}, handed to commkit.attach; or "torch:..."
 
@@ -205,5 +215,5 @@ def _density_warmup(block: Any) -> int:
 
 # What may differ between a run and its resumption without making it another run.
 RESUMABLE_CHANGES = frozenset(
-    {"steps", "max_seconds", "batch", "checkpoint", "eval", "ddp", "device", "tensorboard"}
+    {"steps", "max_seconds", "batch", "checkpoint", "eval", "ddp", "fsdp", "device", "tensorboard"}
 )

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commkit.config import apply_overrides, load_yaml, validate
 from commkit.outer import OuterScheme
 from commkit.schemes import make_scheme
-from launch import asynchronous, baselines, coordinated
+from launch import asynchronous, baselines, coordinated, sharding
 from launch.gpt import count_parameters
 from launch.interface import InterfaceMeter, meter_from_environment
 from launch.loop import Trainer
@@ -155,9 +155,14 @@ def set_up(job: Job) -> Trainer:
     world.join(device)
     model = job.task.build().to(device)
     try:
-        wrapped = wrap(model, settings, device)
+        sharded, mesh = sharding.scheme_of(settings), None
+        if sharded is None:
+            wrapped = wrap(model, settings, device)
+        else:
+            mesh = sharding.shard(model, sharded, settings, world, device)
+            wrapped = model
         optimizer = make_optimizer(model, settings)
-        handle = baselines.attach(wrapped, optimizer, settings.scheme)
+        handle = baselines.attach(wrapped, optimizer, settings.scheme, mesh)
     except (ValueError, TypeError, RuntimeError) as error:
         raise SetupError(str(error)) from error
     trainer = Trainer(

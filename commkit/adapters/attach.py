@@ -4,6 +4,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -14,21 +16,25 @@ from ..outer import OuterScheme, OuterSync
 from ..reducer import Reducer
 from ..runtime.agreement import agree
 from ..schemes import Scheme, make_reducer, make_scheme
+from ..sharded import ShardedScheme
 from .at_step import StepHandle, attach_at_step
 from .ddp import Handle, attach_ddp
+from .fsdp1 import FSDP1Handle, attach_fsdp1
+from .fsdp2 import ShardedHandle, attach_fsdp2, replicas_of
 from .loss_scale import GradScaler
 
 
 def attach(
     model: nn.Module,
-    scheme: "Scheme | Optimizer",
+    scheme: "Scheme | ShardedScheme | Optimizer",
     optimizer: Optimizer | None = None,
     *,
     process_group: dist.ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
     grad_scaler: GradScaler | None = None,
     timeout_s: float = 1800.0,
     **knobs: Any,
-) -> "Handle | StepHandle | OuterSync":
+) -> "Handle | StepHandle | ShardedHandle | FSDP1Handle | OuterSync":
     """Reduce a model's gradients with ``scheme`` from now on, or synchronise its weights if ``scheme`` trains
     with local updates.
 
@@ -37,12 +43,15 @@ def attach(
 
     Args:
         model: a DistributedDataParallel module: reductions overlap with backward. Or a plain module:
-            reductions happen when ``optimizer`` steps. Schemes with local updates take plain modules.
+            reductions happen when ``optimizer`` steps. Or one that ``fully_shard`` was called on: schemes for
+            sharded models compress what FSDP sends, all others reduce between the replicas of ``mesh``.
+            Schemes with local updates take plain and sharded modules.
         scheme: a scheme's name, a mapping ``{name: ..., ...}``, a path to a YAML file, a Reducer, or one of
             ``commkit.optim`` (also inside a ZeroRedundancyOptimizer where the class supports it).
         optimizer: the one that applies the gradients. Needed for a plain module; otherwise given to be
             checked against the scheme.
-        process_group: of a plain module; None is the default group. DDP brings its own.
+        process_group: of a plain module; None is the default group. DDP and FSDP bring their own.
+        mesh: of a sharded module: the whole mesh, of whose two axes ``fully_shard`` was given one.
         grad_scaler: the GradScaler of fp16 training, so that residuals and momenta are kept in the units of
             unscaled gradients while the scale changes.
         timeout_s: seconds after which a stuck reduction raises on all ranks.
@@ -63,31 +72,49 @@ def attach(
     """
     owner = _communicating(scheme)
     if isinstance(scheme, Optimizer):
-        if owner is None:
-            raise TypeError(
-                f"attach got {type(scheme).__name__} as its scheme, which does not communicate; write "
-                "attach(model, 'powersgd', optimizer), or use an optimizer of commkit.optim"
-            )
-        if optimizer is not None and optimizer is not scheme:
-            raise TypeError(
-                f"attach got two optimizers; {type(owner).__name__} steps by itself, leave the other out"
-            )
-        optimizer, scheme = scheme, owner.reducer
+        optimizer, scheme = scheme, _reducer_of(scheme, owner, optimizer)
 
     made = _made(scheme, knobs)
+    if mesh is not None and not isinstance(model, FSDPModule):
+        raise TypeError(
+            f"mesh is for models that fully_shard was called on, got {type(model).__name__}; leave it out, or shard "
+            "the model first"
+        )
     if isinstance(made, OuterScheme):
+        if mesh is not None:
+            process_group = replicas_of(model, mesh)
         return _start(made, model, optimizer, process_group)
 
     def make() -> Reducer:
-        reducer = make_reducer(scheme, knobs) if made is None else made
+        reducer = made if isinstance(made, Reducer) else make_reducer(scheme, knobs)  # type: ignore[arg-type]
         if optimizer is not None:
             _refuse_double_momentum(reducer, optimizer)
         return reducer
 
+    if isinstance(model, FSDPModule | FullyShardedDataParallel):
+        if process_group is not None:
+            raise TypeError(
+                "a sharded module's groups are its own; leave process_group out, and give mesh= if it has replicas"
+            )
+        sharded = made if isinstance(made, ShardedScheme) else None
+        if isinstance(model, FullyShardedDataParallel):
+            return attach_fsdp1(model, make if sharded is None else lambda: sharded, grad_scaler)
+        whole = (lambda: ShardedScheme(reducer=make())) if sharded is None else (lambda: sharded)
+        return attach_fsdp2(model, whole, optimizer, mesh, grad_scaler, timeout_s)
     if isinstance(model, DistributedDataParallel):
         if process_group is not None and process_group is not model.process_group:
             raise TypeError("process_group is DDP's own; leave it out")
         return attach_ddp(model, make, grad_scaler, timeout_s)
+    _check_plain(model, optimizer, grad_scaler)
+    assert optimizer is not None
+    return attach_at_step(
+        model, make, optimizer if owner is None else owner, process_group, timeout_s
+    )
+
+
+def _check_plain(
+    model: nn.Module, optimizer: Optimizer | None, grad_scaler: GradScaler | None
+) -> None:
     if optimizer is None:
         raise TypeError(
             f"attach needs a DistributedDataParallel module, got {type(model).__name__}; wrap the model "
@@ -99,9 +126,6 @@ def attach(
             "a GradScaler skips the step on the rank that overflowed, where the others would wait for it; "
             "wrap the model in DistributedDataParallel, or train in bf16"
         )
-    return attach_at_step(
-        model, make, optimizer if owner is None else owner, process_group, timeout_s
-    )
 
 
 def _communicating(scheme: object) -> CommOptimizer | None:
@@ -110,10 +134,25 @@ def _communicating(scheme: object) -> CommOptimizer | None:
     return inner if isinstance(inner, CommOptimizer) else None
 
 
-def _made(scheme: object, knobs: dict[str, Any]) -> OuterScheme | Reducer | None:
+def _reducer_of(
+    scheme: Optimizer, owner: CommOptimizer | None, optimizer: Optimizer | None
+) -> Reducer:
+    if owner is None:
+        raise TypeError(
+            f"attach got {type(scheme).__name__} as its scheme, which does not communicate; write "
+            "attach(model, 'powersgd', optimizer), or use an optimizer of commkit.optim"
+        )
+    if optimizer is not None and optimizer is not scheme:
+        raise TypeError(
+            f"attach got two optimizers; {type(owner).__name__} steps by itself, leave the other out"
+        )
+    return owner.reducer
+
+
+def _made(scheme: object, knobs: dict[str, Any]) -> OuterScheme | ShardedScheme | Reducer | None:
     """What a name, a mapping or a path stands for. None: it is made already, is an optimizer, or is wrong, which
     is for :func:`make_reducer` to say where every rank hears of it."""
-    if isinstance(scheme, OuterScheme):
+    if isinstance(scheme, OuterScheme | ShardedScheme):
         return scheme
     if isinstance(scheme, Reducer | Optimizer):
         return None
@@ -121,7 +160,7 @@ def _made(scheme: object, knobs: dict[str, Any]) -> OuterScheme | Reducer | None
         made = make_scheme(scheme, knobs)  # type: ignore[arg-type]
     except Exception:
         return None
-    return made if isinstance(made, OuterScheme | Reducer) else None
+    return made if isinstance(made, OuterScheme | ShardedScheme | Reducer) else None
 
 
 def _start(

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..aggregators.nodes import Nodes
+from ..clipping import mean_norm
 from ..feedback import NoFeedback
 from ..policy import Policy
 from ..reducer import Reducer
+from ..runtime.shards import local, sharded_like
 from ..types import RANK, Aggregator, Comm, Feedback, StateDict
 
 Parameters: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]]"
@@ -159,9 +161,18 @@ class CommOptimizer(Optimizer):
     def apply(self) -> None:
         """One update of all parameters, from what arrived."""
 
+    def value(self, name: str) -> Tensor:
+        """The parameter to step, or this rank's shard of it, sharing its memory."""
+        return local(self._parameters[name].detach())
+
     def gradient(self, name: str) -> Tensor | None:
-        """``p.grad`` as it is."""
-        return self._parameters[name].grad
+        """``p.grad`` as it is, or this rank's shard of it."""
+        gradient = self._parameters[name].grad
+        return None if gradient is None else local(gradient)
+
+    def norm(self, x: Tensor) -> float:
+        """2-norm of ``x``; of the whole of which it is this rank's shard, if parameters are sharded. Collective then."""
+        return mean_norm({"": x}, None, self.reducer.shards)
 
     def arrived(self, name: str) -> Tensor:
         """What the reduction of ``name`` gave, in its work dtype."""
@@ -170,12 +181,20 @@ class CommOptimizer(Optimizer):
         if kept is not None:
             return kept
         if gradient is None:  # backward did not reach it on any rank
-            gradient = torch.zeros_like(self._parameters[name])
+            gradient = torch.zeros_like(self.value(name))
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
     def shared_state_dict(self) -> dict[str, Any]:
         """What is equal on all ranks: parameter groups and per-parameter state."""
-        return super().state_dict()
+        state = super().state_dict()
+        at = (p for group in self.param_groups for p in group["params"])
+        for number, p in enumerate(at):
+            if number in state["state"]:
+                state["state"][number] = {
+                    what: sharded_like(x, p) if _is_shard(x, p) else x
+                    for what, x in state["state"][number].items()
+                }
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's whole state, residuals included; save it once per rank.
@@ -195,6 +214,10 @@ class CommOptimizer(Optimizer):
             ValueError: it was saved by another rank, whose residuals are not this one's.
         """
         state = dict(state_dict)
+        state["state"] = {
+            number: {what: local(x) if isinstance(x, Tensor) else x for what, x in values.items()}
+            for number, values in state["state"].items()
+        }
         own = state.pop(_REDUCER, None)
         if own is not None and own[_WORLD_SIZE]:
             saved_by = (own[_RANK], own[_WORLD_SIZE])
@@ -219,6 +242,10 @@ class CommOptimizer(Optimizer):
 
     def after_load(self) -> None:
         """Bring everything that follows from state up to date."""
+
+
+def _is_shard(x: object, p: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0 and x.shape == local(p.detach()).shape
 
 
 def in_work_dtype(named: Mapping[str, Tensor], keys: Collection[str]) -> dict[str, Tensor]:

@@ -110,9 +110,10 @@ class DeMo(CommOptimizer):
             if self.sign:
                 dense = name not in self.reducer.compressed
                 update = (self._momentum(p, update) if dense else update).sign()
+            value = self.value(name)
             if group["weight_decay"]:
-                update = update + p.to(update.dtype) * group["weight_decay"]
-            p.add_(update, alpha=-group["lr"])
+                update = update + value.to(update.dtype) * group["weight_decay"]
+            value.add_(update, alpha=-group["lr"])
 
     def _momentum(self, p: Tensor, x: Tensor) -> Tensor:
         state: dict[str, Tensor] = self.state[p]

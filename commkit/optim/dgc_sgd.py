@@ -122,7 +122,7 @@ class DGCSGD(CommOptimizer):
         held = filter(self._correction.holds, named)
         self._flushed.update(key for key in held if key not in compressed)
         if self.clip_norm:
-            norm = mean_norm(named, None)
+            norm = mean_norm(named, None, self.reducer.shards)
             coefficient = clip_coefficient(norm, self.clip_norm * comm.world_size**0.5)
             if coefficient < 1:
                 for x in named.values():
@@ -138,10 +138,11 @@ class DGCSGD(CommOptimizer):
                 self._drop(p, _MOMENTUM)  # by now the feedback's
             else:
                 update = self._with_momentum(p, _MOMENTUM, update)
+            value = self.value(name)
             if group["weight_decay"]:
-                decay = p.to(update.dtype) * group["weight_decay"]
+                decay = value.to(update.dtype) * group["weight_decay"]
                 update = update + self._with_momentum(p, _DECAY, decay)
-            p.add_(update, alpha=-group["lr"])
+            value.add_(update, alpha=-group["lr"])
 
     def _with_momentum(self, p: Tensor, name: str, x: Tensor) -> Tensor:
         """What SGD's rule makes of ``x``: the new ``mu u + x``, or Nesterov's ``x + mu u`` with it."""

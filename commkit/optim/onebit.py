@@ -15,6 +15,7 @@ from ..clipping import clip_coefficient, mean_norm, require_norm
 from ..compressors import Sign
 from ..feedback import ErrorFeedback
 from ..policy import Policy
+from ..runtime.shards import cut_like, local
 from ..types import Comm
 from .adam import check_adam
 from .base import CommOptimizer, OptimizerReducer, Parameters
@@ -104,12 +105,13 @@ class OneBitOptimizer(CommOptimizer):
             self._masks.pop(parameter, None)
         else:
             try:
-                self._masks[parameter] = (mask != 0).expand(parameter.shape).to(parameter.device)
+                whole = (mask != 0).expand(parameter.shape).to(parameter.device)
             except RuntimeError:
                 raise ValueError(
                     f"mask of shape {tuple(mask.shape)} does not fit a parameter of shape "
                     f"{tuple(parameter.shape)}; give one that broadcasts to it"
                 ) from None
+            self._masks[parameter] = cut_like(whole, parameter)
         names = [name for name, p in self._parameters.items() if p is parameter]
         self.reducer.forget([name for name in names if self._coordinates.drop(name)])
 
@@ -132,7 +134,7 @@ class OneBitOptimizer(CommOptimizer):
         self._prepare([key for key in compressed if key not in self._coordinates], comm)
         coefficient = 1.0
         if compressed and self.reducer.whole_step:
-            norm = mean_norm(named, comm)
+            norm = mean_norm(named, comm, self.reducer.shards)
             coefficient = clip_coefficient(norm, self._max_grad_norm)
         sent: dict[str, Tensor] = {}
         for key, g in named.items():
@@ -159,13 +161,13 @@ class OneBitOptimizer(CommOptimizer):
         compressed = self.reducer.compressed
         arrived = {name: self.arrived(name) for name in self._parameters}
         if self._max_grad_norm > 0 and not (compressed and self.reducer.whole_step):
-            norm = mean_norm(arrived, None)
+            norm = mean_norm(arrived, None, self.reducer.shards)
             coefficient = clip_coefficient(norm, self._max_grad_norm)
             if coefficient < 1:
                 arrived = {name: x * coefficient for name, x in arrived.items()}
         for name, group in self._groups.items():
-            p = self._parameters[name]
-            state = self._state(p)
+            p = self.value(name)
+            state = self._state(self._parameters[name])
             state["step"] += 1
             work = p if p.dtype == state["exp_avg"].dtype else p.to(state["exp_avg"].dtype)
             if name in compressed:
@@ -219,8 +221,9 @@ class OneBitOptimizer(CommOptimizer):
         if not state:
             dtype = torch.promote_types(p.dtype, torch.float32)
             state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
+            like = local(p.detach())
+            state["exp_avg"] = torch.zeros_like(like, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(like, dtype=dtype)
         return state
 
     def _momentum(self, key: str) -> Tensor:
@@ -280,15 +283,20 @@ class OneBitOptimizer(CommOptimizer):
                 self._remote[key] = both[: p.numel()].view(p.shape).clone()
                 self._remote_moves[key] = both[p.numel() :].view(p.shape) > 0
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
     def _look_at_variance(self) -> None:
         total = torch.zeros((), dtype=torch.float64)
         for name in self._groups:
             v = self.state[self._parameters[name]]["exp_avg_sq"]
             total += torch.linalg.vector_norm(v, 1).double().cpu()
+        if self.reducer.shards is not None:
+            total = self.reducer.shards.all_reduce(total.view(1).to(self._device)).view(()).cpu()
         if self._sharded:
             assert self.comm is not None
-            device = next(iter(self._parameters.values())).device
-            total = self.comm.all_reduce(total.to(device)).cpu()
+            total = self.comm.all_reduce(total.to(self._device)).cpu()
         if self._watch.settled(float(total)):
             self._start_at(self.reducer.step)
         self.param_groups[0][_WATCH] = self._watch.norms

@@ -112,7 +112,7 @@ class OneBitLamb(OneBitOptimizer):
         update = state["exp_avg"] / (state["exp_avg_sq"].sqrt().add_(group["eps"]))
         update.add_(p, alpha=group["weight_decay"])
         low, high, beta = self._coeff
-        sizes = float(torch.linalg.vector_norm(p)), float(torch.linalg.vector_norm(update))
+        sizes = self.norm(p), self.norm(update)
         coeff = 1.0
         if sizes[0] > 0 and sizes[1] > 0:
             coeff = min(max(sizes[0] / sizes[1], low), high)
@@ -137,12 +137,15 @@ class OneBitLamb(OneBitOptimizer):
         preliminary = momentum / frozen
         update = torch.add(preliminary, p, alpha=group["weight_decay"])
         moves = frozen.isfinite()
-        ratio = torch.where(moves, frozen / fresh.sqrt().add_(group["eps"]), 0.0).max()
+        ratios = torch.where(moves, frozen / fresh.sqrt().add_(group["eps"]), 0.0)
+        ratio = ratios.max() if ratios.numel() else ratios.new_zeros(())  # an empty shard
+        if self.reducer.shards is not None:
+            ratio = self.reducer.shards.all_reduce(ratio.view(1), "max").view(())
         factor = float(ratio) if bool(ratio > 0) else 1.0
-        size = float(torch.linalg.vector_norm(update))
+        size = self.norm(update)
         if group["weight_decay"] > 0 and size > 0:
             # The decay's part of the update does not depend on the variance.
-            share = min(1.0, float(torch.linalg.vector_norm(preliminary)) / size)
+            share = min(1.0, self.norm(preliminary) / size)
             factor = factor * share + (1 - share)
         low, high, threshold = self._factor
         last = state["factor"]

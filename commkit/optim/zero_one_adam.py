@@ -132,7 +132,7 @@ class ZeroOneAdam(CommOptimizer):
         local = self.is_local(step)
         bad = local and not are_finite(arrived.values())
         for name, group in self._groups.items():
-            p, state = self._parameters[name], self._state(name)
+            p, state = self.value(name), self._state(name)
             state["step"] += 1
             if bad:
                 continue
@@ -151,16 +151,16 @@ class ZeroOneAdam(CommOptimizer):
         """Between two synchronisations: each rank's m, u and parameters."""
         own: StateDict = {}
         for name in self._groups:
-            state, p = self.state[self._parameters[name]], self._parameters[name]
+            state, p = self.state[self._parameters[name]], self.value(name)
             if state.get("lr_sum"):
                 own |= {f"{what}::{name}": state[what] for what in _LOCAL}
-                own[f"parameter::{name}"] = p.detach()
+                own[f"parameter::{name}"] = p
         return own
 
     def load_rank_state(self, state: StateDict) -> None:
         for key, value in state.items():
             what, _, name = key.partition("::")
-            p = self._parameters[name]
+            p = self.value(name)
             with torch.no_grad():
                 (p if what == "parameter" else self._state(name)[what]).copy_(value)
 
@@ -174,7 +174,7 @@ class ZeroOneAdam(CommOptimizer):
             state = self._state(name)
             del state["exp_avg_sq"]
             state["update"] = torch.zeros_like(state["exp_avg"])
-            state["anchor"] = self._parameters[name].detach().to(state["exp_avg"].dtype, copy=True)
+            state["anchor"] = self.value(name).to(state["exp_avg"].dtype, copy=True)
             state["lr_sum"], state["kept"] = 0.0, 1.0
         for name in self._groups:
             if name not in self._coordinates and "anchor" in self._state(name):
@@ -188,7 +188,7 @@ class ZeroOneAdam(CommOptimizer):
             state["step"] = torch.zeros(())
             state["refreshes"] = 0
             for what in ("exp_avg", "exp_avg_sq"):
-                state[what] = torch.zeros_like(p, dtype=dtype)
+                state[what] = torch.zeros_like(self.value(name), dtype=dtype)
             state["denominator"] = torch.full_like(state["exp_avg"], torch.inf)
         return state
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..runtime.agreement import trainable_parameters
+from ..runtime.shards import local
 from ..types import Comm
 
 
@@ -119,11 +120,6 @@ class Replica:
             for _, value in sorted(state.items())
             if isinstance(value, Tensor) and value.is_floating_point() and value.dim()
         ]
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's shard of ``x``, sharing its memory; ``x`` itself if it is whole."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _shard_group(parameters: Mapping[str, Tensor]) -> dist.ProcessGroup | None:

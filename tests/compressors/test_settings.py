@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from commkit.compressors import QSGD, BlockQuantize, Cast, DynamicTree, RandomK, Sign, Ternary, TopK
+from commkit.compressors import (
+    QSGD,
+    BlockQuantize,
+    Cast,
+    DynamicTree,
+    MinMax,
+    RandomK,
+    Sign,
+    Ternary,
+    TopK,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +34,9 @@ from commkit.compressors import QSGD, BlockQuantize, Cast, DynamicTree, RandomK,
             lambda: DynamicTree(rounding="up"),
             "rounding='up' must be 'nearest' or 'stochastic'; use",
         ),
+        (lambda: MinMax(bits=5), "bits=5 must be 2, 4 or 8; use"),
+        (lambda: MinMax(bucket_size=6), "bucket_size=6 must be a multiple of 4; use"),
+        (lambda: MinMax(rounding="up"), "rounding='up' must be 'shift', 'stochastic' or 'nearest'"),
         (lambda: Cast("fp32"), "dtype='fp32' must be 'bf16' or 'fp16'"),
         (lambda: Sign("l2"), "scale='l2' must be 'l1' or 'rms'"),
         (lambda: Ternary(-0.1), "clip=-0.1 must be >= 0"),

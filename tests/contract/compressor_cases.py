@@ -124,6 +124,17 @@ _CASES = [
         error=0.5001,
         contraction=lambda x: E3M0(64, "stochastic").variance_bound,
     ),
+    # a range is at most twice the largest
+    CompressorCase("min_max", salted=True, unbiased=True, error=2.001 / 255),
+    CompressorCase(
+        "min_max",
+        {"bits": 4, "bucket_size": 64, "rounding": "shift"},
+        salted=True,
+        unbiased=True,
+        error=1.001 / 15,
+    ),
+    CompressorCase("min_max", {"bits": 2}, salted=True, unbiased=True, error=2.001 / 3),
+    CompressorCase("min_max", {"rounding": "nearest"}, error=1.001 / 255, contraction=_kept(0)),
     CompressorCase("natural", salted=True, unbiased=True, error=1.0, contraction=lambda x: 1 / 8),
     CompressorCase("vote", magnitudes=False),
     CompressorCase("sign", {"scale": "l1"}, contraction=_l1),
