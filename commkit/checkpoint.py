@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,12 @@ from torch.optim import Optimizer
 
 from .comm import DistComm
 from .reducer import Reducer
+from .sharded.partition import LAYOUT, PartitionState
 from .sharded.state import PLACE, Place, ShardedState, place_of
 from .structure import flatten, unflatten
 from .types import NODE, RANK, SHARD, WHOLE, Resizable, StateDict, Stateful
 
+SchemeState: TypeAlias = Reducer | ShardedState | PartitionState
 _REDUCER, _REPLICATED, _PER_RANK = "reducer", "replicated", "per_rank"
 
 
@@ -44,7 +46,7 @@ def save(
     *,
     replicated: Mapping[str, Stateful],
     per_rank: Mapping[str, Stateful],
-    reducer: Reducer | ShardedState,
+    reducer: SchemeState,
     comm: DistComm,
 ) -> None:
     """Write a checkpoint. Collective over ``comm``; the directory appears only when it is complete, and
@@ -91,7 +93,7 @@ def load(
     *,
     replicated: Mapping[str, Stateful],
     per_rank: Mapping[str, Stateful],
-    reducer: Reducer | ShardedState,
+    reducer: SchemeState,
     comm: DistComm,
     on_resize: Literal["mean", "error"] = "mean",
 ) -> None:
@@ -108,7 +110,7 @@ def load(
     metadata = _metadata(directory)
     saved_by = _world_size(metadata)
     places = _places(directory, metadata, saved_by)
-    same = saved_by == comm.world_size and (not places or _same_mesh(places[0], reducer))
+    same = saved_by == comm.world_size and _fits(directory, metadata, places, reducer)
     if not same and on_resize == "error":
         mesh = f" on a mesh of {places[0].replicas} x {places[0].shards}" if places else ""
         raise CheckpointError(
@@ -175,7 +177,7 @@ def _dealt_anew(
     metadata: Metadata,
     saved_by: int,
     places: Sequence[Place],
-    reducer: Reducer | ShardedState,
+    reducer: SchemeState,
 ) -> StateDict:
     """What this rank starts from, of what other ranks have saved."""
     if not isinstance(reducer, ShardedState):
@@ -203,11 +205,17 @@ def _places(directory: Path, metadata: Metadata, saved_by: int) -> list[Place]:
     return [place_of(state) for state in states if state]
 
 
-def _same_mesh(place: Place, reducer: Reducer | ShardedState) -> bool:
-    return isinstance(reducer, ShardedState) and (place.replicas, place.shards) == (
-        reducer.place.replicas,
-        reducer.place.shards,
-    )
+def _fits(
+    directory: Path, metadata: Metadata, places: Sequence[Place], reducer: SchemeState
+) -> bool:
+    """Whether as many ranks were on a mesh like this job's."""
+    if isinstance(reducer, PartitionState):
+        layout = _read(directory, metadata, f"{_REDUCER}/{_rank(0)}/", LAYOUT)
+        return bool(layout) and reducer.fits(layout[LAYOUT])
+    if not places:
+        return not isinstance(reducer, ShardedState)
+    own = reducer.place if isinstance(reducer, ShardedState) else None
+    return own is not None and (own.replicas, own.shards) == (places[0].replicas, places[0].shards)
 
 
 class _ShardTemplates:

@@ -79,7 +79,7 @@ from .outer.trainers import Pairing
 from .policy import Policy
 from .reducer import Reducer
 from .registry import register
-from .sharded import ShardedScheme
+from .sharded import PartitionScheme, ShardedScheme
 from .straggler import (
     Backup,
     CodeFamily,
@@ -446,7 +446,7 @@ def hierarchical(
         ValueError: a scheme that compresses nothing, or wrong nodes.
     """
     inner = scheme if isinstance(scheme, Reducer | OptimizerScheme) else make_scheme(scheme)
-    if isinstance(inner, ShardedScheme):
+    if isinstance(inner, ShardedScheme | PartitionScheme):
         raise TypeError(
             f"scheme={scheme!r} is for sharded models; put the scheme of the slow axis into hsdp: {{name: hsdp, scheme: "
             "...}"
@@ -1067,6 +1067,40 @@ def hsdp(scheme: Scheme, inside: Scheme | ShardedScheme | None = None) -> Sharde
     return dataclasses.replace(made, reducer=make_reducer(scheme))
 
 
+@register("scheme", "three_level")
+def three_level(
+    tiers: Sequence[str] = ("local", "node"),
+    gradient_bits: Literal[4, 8, 16, 32] = 4,
+    weight_bits: Literal[4, 8, 16, 32] = 8,
+    block_size: int = 256,
+    min_numel: int = 1024,
+    min_ndim: int = 2,
+    exclude: Sequence[str] = (),
+) -> PartitionScheme:
+    """Three-level partitioning (Xu et al. 2025): weights are cut over the fastest links, gradients and the optimizer's
+    state ever finer over the slower ones, so that each is sent most where sending is cheap. An optimizer around yours: see
+    :class:`~commkit.sharded.PartitionedOptimizer`.
+
+    Args:
+        tiers: axes of the mesh, fastest first, without the one that ``fully_shard`` was given. ``["replicate"]`` is
+            ZeRO-1 over the replicas of a sharded model.
+        gradient_bits: of gradients on every tier, rounded at random; 16 is bfloat16, 32 full precision.
+        weight_bits: of updated weights on the last tier, the slowest; the others carry full precision.
+        block_size: elements per scale of either.
+        min_numel: smaller parameters go in full precision, each as a whole.
+        min_ndim: so do those of fewer dimensions: norms and biases at 2.
+        exclude: and those whose name matches one of these shell patterns.
+    """
+    gradients = _blocked(gradient_bits, block_size, "stochastic")
+    weights = _blocked(weight_bits, block_size, "nearest")
+    return PartitionScheme(
+        tiers=tuple(tiers),
+        gradients={} if gradients is None else dict.fromkeys(tiers, gradients),
+        weights={} if weights is None else {tiers[-1]: weights},
+        policy=Policy(0, min_numel, min_ndim, exclude),
+    )
+
+
 @register("scheme", "backup")
 def backup(
     num_backups: int = 1,
@@ -1244,6 +1278,11 @@ def make_reducer(scheme: Scheme, knobs: Mapping[str, Any] | None = None) -> Redu
             f"scheme {_block(scheme)['name']!r} has servers and workers, it reduces no gradients: see "
             "commkit.outer.AsyncServer and AsyncWorker, or train with launch/train.py"
         )
+    if isinstance(made, PartitionScheme):
+        raise TypeError(
+            f"scheme {_block(scheme)['name']!r} is an optimizer around yours: optimizer = commkit.schemes.make_scheme(...)("
+            "model.named_parameters(), torch.optim.AdamW, mesh, lr=...); commkit.attach(model, optimizer)"
+        )
     if isinstance(made, ShardedScheme):
         raise TypeError(
             f"scheme {_block(scheme)['name']!r} is for sharded models: call torch.distributed.fsdp.fully_shard on the "
@@ -1260,11 +1299,21 @@ def make_reducer(scheme: Scheme, knobs: Mapping[str, Any] | None = None) -> Redu
 
 def make_scheme(
     scheme: str | Path | Mapping[str, Any], knobs: Mapping[str, Any] | None = None
-) -> Reducer | OptimizerScheme | OuterScheme | AsyncScheme | StragglerScheme | ShardedScheme:
+) -> (
+    Reducer
+    | OptimizerScheme
+    | OuterScheme
+    | AsyncScheme
+    | StragglerScheme
+    | ShardedScheme
+    | PartitionScheme
+):
     """As :func:`make_reducer`, also for schemes that come without what they need:
 
     - optimizers, without parameters: ``make_scheme("onebit_adam")(model.parameters(), lr=1e-3)``;
     - those that train with local updates, without a model: ``make_scheme("diloco")(model, optimizer)``;
+    - the one that cuts an optimizer's state, without it:
+      ``make_scheme("three_level")(model.named_parameters(), torch.optim.AdamW, mesh, lr=1e-3)``;
     - those for sharded models, without one: ``attach(model, make_scheme("qsdp"), optimizer)``;
     - the asynchronous one, a role for each rank: ``make_scheme("async_local_sgd").worker(model, optimizer)``;
     - those with a coordinator: ``make_scheme("dbw").coordinate([model], [optimizer], batch=64)`` on one rank,
@@ -1281,7 +1330,9 @@ def make_scheme(
     made = build("scheme", block, "scheme")
     if isinstance(made, ShardedScheme) and made.reducer is not None:
         made.reducer.seed = seed
-    if isinstance(made, OptimizerScheme | OuterScheme | StragglerScheme | ShardedScheme):
+    if isinstance(
+        made, OptimizerScheme | OuterScheme | StragglerScheme | ShardedScheme | PartitionScheme
+    ):
         return dataclasses.replace(made, seed=seed)
     if isinstance(made, AsyncScheme):
         return dataclasses.replace(made, options=dataclasses.replace(made.options, seed=seed))

@@ -2,8 +2,7 @@
 
 from typing import Protocol
 
-import commkit
-from commkit.sharded import ShardedState
+from commkit.checkpoint import SchemeState
 from commkit.types import Comm
 
 
@@ -36,7 +35,7 @@ class Attachment(Protocol):
     :class:`commkit.outer.OuterSync` or :class:`launch.baselines.Baseline`."""
 
     @property
-    def reducer(self) -> commkit.Reducer | ShardedState: ...
+    def reducer(self) -> SchemeState: ...
 
     @property
     def comm(self) -> Comm: ...

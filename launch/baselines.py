@@ -27,6 +27,7 @@ import commkit
 from commkit.comm import DistComm
 from commkit.config import ConfigError, validate
 from commkit.registry import did_you_mean
+from commkit.sharded import PartitionedOptimizer
 from launch.attachment import Attachment
 from launch.settings import NonNegativeInt, PositiveInt, Section
 
@@ -214,6 +215,8 @@ def attach(
         TypeError, RuntimeError, ValueError: as :func:`commkit.attach`.
     """
     if isinstance(optimizer, commkit.optim.CommOptimizer):
+        return commkit.attach(model, optimizer, mesh=mesh)
+    if isinstance(optimizer, PartitionedOptimizer):
         return commkit.attach(model, optimizer)
     if not is_baseline(scheme):
         return commkit.attach(model, scheme, optimizer, mesh=mesh)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import commkit
 from commkit.metrics import MetricsSink
 from commkit.outer import AdLoCo, DFedSAM, OuterSync
+from commkit.sharded import PartitionedOptimizer
 from launch import sharding
 from launch.attachment import Attachment
 from launch.interface import InterfaceMeter
@@ -171,7 +172,8 @@ class Trainer:
                 if is_last and self.after_backward:
                     self.after_backward()
             total += loss.detach()
-        if self.settings.optim.grad_clip > 0:
+        clips_itself = isinstance(self.optimizer, PartitionedOptimizer)
+        if self.settings.optim.grad_clip > 0 and not clips_itself:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optim.grad_clip)
         return total
 

@@ -2,21 +2,26 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import SGD, AdamW, Optimizer
 
 from commkit.optim import AdaptiveBrakingSGD, OptimizerScheme
 from commkit.schemes import make_scheme
+from commkit.sharded import PartitionScheme
 from commkit.straggler import StragglerScheme
 from launch.baselines import is_baseline
 from launch.settings import TrainSettings
 
 
-def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> Optimizer:
+def make_optimizer(
+    model: torch.nn.Module, settings: TrainSettings, mesh: DeviceMesh | None = None
+) -> Optimizer:
     """The optimizer; weight decay is for matrices only. A scheme that is an optimizer itself takes the
-    place of the one of ``settings.optim``, with its settings.
+    place of the one of ``settings.optim``, with its settings; one that cuts its state does so over ``mesh``.
 
     Raises:
         ValueError: such a scheme is built after another optimizer than ``settings.optim.name``, or a
@@ -47,6 +52,17 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> Optimizer
                 "optim.name to sgd, or leave braking out"
             )
         return AdaptiveBrakingSGD(groups, **common, **special, rho=scheme.braking)
+    if isinstance(scheme, PartitionScheme):
+        assert mesh is not None
+        named: list[dict[str, Any]] = [
+            {"params": [(n, p) for n, p in model.named_parameters() if p.ndim >= 2]},
+            {
+                "params": [(n, p) for n, p in model.named_parameters() if p.ndim < 2],
+                "weight_decay": 0.0,
+            },
+        ]
+        inner = SGD if optim.name == "sgd" else partial(AdamW, fused=True)
+        return scheme(named, inner, mesh, optim.grad_clip, **common, **special)
     if optim.name == "sgd":
         return SGD(groups, **common, **special)
     return AdamW(groups, **common, **special, fused=True)

@@ -155,13 +155,12 @@ def set_up(job: Job) -> Trainer:
     world.join(device)
     model = job.task.build().to(device)
     try:
-        sharded, mesh = sharding.scheme_of(settings), None
-        if sharded is None:
-            wrapped = wrap(model, settings, device)
+        wrapped, mesh = model, None
+        if sharding.is_sharded(settings):
+            mesh = sharding.shard(model, settings, world, device)
         else:
-            mesh = sharding.shard(model, sharded, settings, world, device)
-            wrapped = model
-        optimizer = make_optimizer(model, settings)
+            wrapped = wrap(model, settings, device)
+        optimizer = make_optimizer(model, settings, mesh)
         handle = baselines.attach(wrapped, optimizer, settings.scheme, mesh)
     except (ValueError, TypeError, RuntimeError) as error:
         raise SetupError(str(error)) from error

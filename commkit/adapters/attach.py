@@ -16,12 +16,13 @@ from ..outer import OuterScheme, OuterSync
 from ..reducer import Reducer
 from ..runtime.agreement import agree
 from ..schemes import Scheme, make_reducer, make_scheme
-from ..sharded import ShardedScheme
+from ..sharded import PartitionedOptimizer, ShardedScheme
 from .at_step import StepHandle, attach_at_step
 from .ddp import Handle, attach_ddp
 from .fsdp1 import FSDP1Handle, attach_fsdp1
 from .fsdp2 import ShardedHandle, attach_fsdp2, replicas_of
 from .loss_scale import GradScaler
+from .partition import PartitionHandle, attach_partition
 
 
 def attach(
@@ -34,7 +35,7 @@ def attach(
     grad_scaler: GradScaler | None = None,
     timeout_s: float = 1800.0,
     **knobs: Any,
-) -> "Handle | StepHandle | ShardedHandle | FSDP1Handle | OuterSync":
+) -> "Handle | StepHandle | ShardedHandle | FSDP1Handle | PartitionHandle | OuterSync":
     """Reduce a model's gradients with ``scheme`` from now on, or synchronise its weights if ``scheme`` trains
     with local updates.
 
@@ -70,16 +71,14 @@ def attach(
     Returns:
         A handle; for schemes with local updates the method itself, started: ``close()`` ends it.
     """
+    if isinstance(scheme, PartitionedOptimizer):
+        return attach_partition(model, scheme)
     owner = _communicating(scheme)
     if isinstance(scheme, Optimizer):
         optimizer, scheme = scheme, _reducer_of(scheme, owner, optimizer)
 
     made = _made(scheme, knobs)
-    if mesh is not None and not isinstance(model, FSDPModule):
-        raise TypeError(
-            f"mesh is for models that fully_shard was called on, got {type(model).__name__}; leave it out, or shard "
-            "the model first"
-        )
+    _check_mesh(model, mesh)
     if isinstance(made, OuterScheme):
         if mesh is not None:
             process_group = replicas_of(model, mesh)
@@ -110,6 +109,14 @@ def attach(
     return attach_at_step(
         model, make, optimizer if owner is None else owner, process_group, timeout_s
     )
+
+
+def _check_mesh(model: nn.Module, mesh: DeviceMesh | None) -> None:
+    if mesh is not None and not isinstance(model, FSDPModule):
+        raise TypeError(
+            f"mesh is for models that fully_shard was called on, got {type(model).__name__}; leave it out, or shard "
+            "the model first"
+        )
 
 
 def _check_plain(

@@ -94,6 +94,8 @@ class ShardedHandle:
 
         weights = scheme.gathering(shapes)
         exchange = scheme.scattering(shapes, comm)
+        if isinstance(exchange, OneHopWithFeedback):
+            self._passes.after.append(exchange.commit)
         for unit in self.units:
             gather = CountedAllGather(comm)
             if weights is not None:
@@ -112,6 +114,7 @@ class ShardedHandle:
     def last_step(self) -> StepStats:
         """Of the last backward pass between replicas, and of all gathers and scatters since this was last asked.
 
+        ``inter_node_bytes`` are those between replicas, and between nodes where gradients go node by node.
         ``dense_bytes`` are those of whole weights and gradients as they were gathered and scattered, and of the shards'
         gradients between replicas. Of gathers and scatters nothing counts as hidden on a CPU, where FSDP waits for them.
         """
@@ -126,7 +129,7 @@ class ShardedHandle:
             dense_bytes=stats.dense_bytes + dense - self._dense_before,
             payload_bytes=stats.payload_bytes + now.payload_bytes - before.payload_bytes,
             wire_bytes=stats.wire_bytes + now.wire_bytes - before.wire_bytes,
-            inter_node_bytes=stats.inter_node_bytes + now.labelled(INTER) - before.labelled(INTER),
+            inter_node_bytes=stats.wire_bytes + now.labelled(INTER) - before.labelled(INTER),
             rounds=stats.rounds + now.rounds - before.rounds,
             comm_seconds=stats.comm_seconds + seconds,
             exposed_comm_seconds=stats.exposed_comm_seconds + seconds,

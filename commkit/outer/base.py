@@ -31,12 +31,13 @@ from ..runtime.agreement import (
 )
 from ..runtime.alarm import Alarm, NoAlarm, RankFailure
 from ..runtime.meter import StepMeter
+from ..runtime.shards import local
 from ..runtime.worker import ReductionWorker
 from ..types import SHARED, Comm
 from .anchors import Anchors, OuterOptimizer
 from .buffers import BufferAverage
 from .options import SyncOptions
-from .replica import Replica, local
+from .replica import Replica
 from .transfer import Transfer
 from .units import Unit
 

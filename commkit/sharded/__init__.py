@@ -4,6 +4,7 @@ from .exchange import Exchange, OneHop, TwoHops
 from .gather import CompressedAllGather, gather_into
 from .layout import Segment, Unit, find_units
 from .message import RowCodec
+from .partition import PartitionedOptimizer, PartitionScheme, PartitionState
 from .scatter import CompressedReduceScatter
 from .scheme import ShardedScheme
 from .state import ShardedState
@@ -13,6 +14,9 @@ __all__ = [
     "CompressedReduceScatter",
     "Exchange",
     "OneHop",
+    "PartitionScheme",
+    "PartitionState",
+    "PartitionedOptimizer",
     "RowCodec",
     "Segment",
     "ShardedScheme",

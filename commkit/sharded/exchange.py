@@ -12,7 +12,6 @@ from torch import Tensor
 from ..aggregators.health import health
 from ..aggregators.nodes import Placement
 from ..feedback import ErrorFeedback
-from ..runtime.backward import EndOfBackward
 from ..types import Comm
 from .layout import Segment
 from .message import RowCodec
@@ -49,17 +48,14 @@ class OneHopWithFeedback:
     """:class:`OneHop` with error feedback: what a rank's messages lose is added to what it sends next. The residual is of
     whole gradients, as large as the model on every rank.
 
-    Call it inside backward passes: a pass in which any rank had inf or NaN leaves all residuals as they were.
+    What it leaves unsent counts from :meth:`commit` on; a step in which any rank had inf or NaN leaves all residuals as
+    they were.
     """
 
     codec: RowCodec
     comm: Comm
     feedback: ErrorFeedback = field(default_factory=ErrorFeedback)
     _finite: bool = field(default=True, init=False)
-    _end: EndOfBackward = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._end = EndOfBackward(self.commit)
 
     def mean_into(self, out: Tensor, rows: Tensor, segments: Sequence[Segment], step: int) -> None:
         me, world_size = self.comm.rank, self.comm.world_size
@@ -83,10 +79,9 @@ class OneHopWithFeedback:
         mean = torch.empty_like(whole[me])
         self.codec.decode_into(mean, arrived, segments, me, step)
         out.copy_(mean)
-        self._end.arm()
 
     def commit(self) -> None:
-        """The pass is over: its residuals count, unless it was not finite."""
+        """The step is over: its residuals count, unless it was not finite."""
         self.feedback.commit(self._finite)
         self._finite = True
 

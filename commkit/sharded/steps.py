@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -37,10 +38,12 @@ class PassCounter:
 
     Attributes:
         count: passes that are over.
+        after: called at the end of each.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.after: list[Callable[[], None]] = []
         self._end = EndOfBackward(self._ended)
 
     def mark(self) -> None:
@@ -49,3 +52,5 @@ class PassCounter:
 
     def _ended(self) -> None:
         self.count += 1
+        for function in self.after:
+            function()
