@@ -1,9 +1,10 @@
 """The convergence table: every system trained on real data, against dense training with the same optimizer.
 
-    python benchmarks/convergence.py --work DIR [--family local] [--only TASK/SYSTEM/RANKS/SEED ...] [--json FILE] [--markdown FILE]
+    python benchmarks/convergence.py --work DIR [--family local|sharded] [--only TASK/SYSTEM/RANKS/SEED ...] [--json FILE] [--markdown FILE]
 
 Two tasks (a byte language model, images of digits), 2 and 4 ranks as real processes, three seeds; ``--family local``
-is the longer language-model run with 4 and 8 replicas that train with local updates. Each trial is
+is the longer language-model run with 4 and 8 replicas that train with local updates, ``--family sharded`` both tasks
+with one model sharded over 4 ranks. Each trial is
 ``launch/train.py``; its result goes into ``--work`` at once, and a trial that has finished there with the same
 recipe is not run again: stop whenever you like and go on later, or run parts with ``--only``. What failed, or was
 not available, is tried again. ``--known`` takes what an earlier table has, such as
@@ -32,11 +33,12 @@ from trials import tuning
 from trials.execute import earlier, execute, recorded
 from trials.local import LOCAL_SYSTEMS
 from trials.plan import Trial, outer_tuning_trials, table_trials, tuning_trials
+from trials.sharded import SHARDED_SYSTEMS
 from trials.systems import SYSTEMS
 from trials.table import LEGEND, Done, tables
 from trials.tasks import TASKS, Size
 
-FAMILIES = {"compression": SYSTEMS, "local": LOCAL_SYSTEMS}
+FAMILIES = {"compression": SYSTEMS, "local": LOCAL_SYSTEMS, "sharded": SHARDED_SYSTEMS}
 # Of a trial's result, what goes into the JSON file.
 KEPT = (
     *("trial", "status", "error", "val_loss", "val_accuracy", "train_loss", "first_loss"),
@@ -91,7 +93,7 @@ def measure(options: argparse.Namespace) -> Result:
         trials = [t for t in trials if earlier(t, options.work) or t.name in told]
     done = run_all(trials, options.work, options.deadline, options.known)
     name = "convergence_tuning" if options.tune else "convergence"
-    name += "_local" if options.family == "local" else ""
+    name += "" if options.family == "compression" else f"_{options.family}"
     result = Convergence(name, settings(done))
     result.trials = kept(done)
     result.tables = tuning.tables(done) if options.tune else tables(done)
@@ -148,7 +150,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--family",
         choices=sorted(FAMILIES),
         default="compression",
-        help="schemes that compress every step (2 and 4 ranks), or that train with local updates (4 and 8)",
+        help="schemes that compress every step (2 and 4 ranks), that train with local updates (4 and 8), or that shard the model (4)",
     )
     parser.add_argument("--only", nargs="*", default=(), metavar="TASK/SYSTEM/RANKS/SEED")
     parser.add_argument("--show", action="store_true", help="run nothing: what has finished")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from .comm import DistComm
 from .reducer import Reducer
+from .runtime.shards import local, sharded_like
 from .sharded.partition import LAYOUT, PartitionState
 from .sharded.state import PLACE, Place, ShardedState, place_of
 from .structure import flatten, unflatten
@@ -64,7 +65,10 @@ def save(
     # On every rank and first: a method with rounds in flight waits for them here, until when a reducer is at work.
     common = {key: _shared_state_of(item) for key, item in replicated.items()}
     own = {key: item.state_dict() for key, item in per_rank.items()}
-    state = _prefixed(f"{_PER_RANK}/{_rank(comm.rank)}/", flatten(own))
+    apart = {
+        key: local(x) for key, x in flatten(own).items()
+    }  # replicas differ: each rank its shards
+    state = _prefixed(f"{_PER_RANK}/{_rank(comm.rank)}/", apart)
     state |= _prefixed(f"{_REDUCER}/{_rank(comm.rank)}/", reducer.state_dict())
     together = flatten(common)
     if comm.rank != 0:  # shards are everybody's to save
@@ -120,7 +124,8 @@ def load(
     sharded = _ShardTemplates(replicated)
     _restore(replicated, _read(directory, metadata, f"{_REPLICATED}/", like=sharded))
     if same:
-        _restore(per_rank, _read(directory, metadata, f"{_PER_RANK}/{_rank(comm.rank)}/"))
+        own = _read(directory, metadata, f"{_PER_RANK}/{_rank(comm.rank)}/")
+        _restore(per_rank, _ShardTemplates(per_rank).wrap(own))
         state = _read(directory, metadata, f"{_REDUCER}/{_rank(comm.rank)}/")
     else:
         state = _dealt_anew(directory, metadata, saved_by, places, reducer)
@@ -219,31 +224,43 @@ def _fits(
 
 
 class _ShardTemplates:
-    """Tensors of which this rank holds shards, by their key in a checkpoint: of models and of optimizers."""
+    """Tensors of which this rank holds shards, by their key in a checkpoint: of models, optimizers and whatever else shows
+    them in its state."""
 
     def __init__(self, items: Mapping[str, Stateful]) -> None:
-        self._models: dict[str, DTensor] = {}
+        self._shown: dict[str, DTensor] = {}
         self._optimizers: dict[str, list[Tensor]] = {}
         for name, item in items.items():
-            if isinstance(item, nn.Module):
-                for key, x in item.state_dict().items():
-                    if isinstance(x, DTensor):
-                        self._models[f"tensor.{name}.{key}"] = x
-            elif isinstance(item, Optimizer):
+            if isinstance(item, Optimizer):
                 self._optimizers[name] = [p for group in item.param_groups for p in group["params"]]
+                continue
+            for key, x in flatten({name: item.state_dict()}).items():
+                if isinstance(x, DTensor):
+                    self._shown[key] = x
 
     def get(self, key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         """An empty tensor to read ``key`` into: this rank's shard of it, or all of it."""
-        like = self._models.get(key)
-        _, _, path = key.partition(".")
-        name, _, rest = path.partition(".state.")
-        if like is None and rest and name in self._optimizers:  # a moment is cut like its parameter
-            p = self._optimizers[name][int(rest.partition(".")[0])]
-            if isinstance(p, DTensor) and p.shape == size:
-                like = p
-        if like is None:
+        like = self._like(key)
+        if like is None or like.shape != size:
             return torch.empty(size, dtype=dtype)
         return torch.empty_like(like, dtype=dtype, requires_grad=False)
+
+    def wrap(self, state: StateDict) -> StateDict:
+        """``state`` with what this rank has saved of its shards as shards."""
+        wrapped = dict(state)
+        for key, x in state.items():
+            like = self._like(key)
+            if like is not None and local(like.detach()).shape == x.shape:
+                wrapped[key] = sharded_like(x, like)
+        return wrapped
+
+    def _like(self, key: str) -> DTensor | None:
+        _, _, path = key.partition(".")
+        name, _, rest = path.partition(".state.")
+        if rest and name in self._optimizers:  # a moment is cut like its parameter
+            p = self._optimizers[name][int(rest.partition(".")[0])]
+            return p if isinstance(p, DTensor) else None
+        return self._shown.get(key)
 
 
 def _merged(directory: Path, metadata: Metadata, ranks: Iterable[int]) -> StateDict:

@@ -28,6 +28,7 @@ from .compressors import (
     BlockQuantize,
     Cast,
     DynamicTree,
+    LearnedLevels,
     MinMax,
     Natural,
     NoCompression,
@@ -971,7 +972,9 @@ def qsdp(
     weight_bits: Literal[2, 4, 8, 16, 32] = 8,
     gradient_bits: Literal[2, 4, 8, 16, 32] = 8,
     bucket_size: int = 1024,
+    levels: Literal["uniform", "learned"] = "uniform",
     feedback: Literal["none", "error_feedback"] = "none",
+    start_step: int = 0,
     min_numel: int = 1024,
     min_ndim: int = 2,
     exclude: Sequence[str] = (),
@@ -986,18 +989,21 @@ def qsdp(
         gradient_bits: of the scattered gradients, rounded at random so that their mean is right. 4 is noisy with few
             ranks.
         bucket_size: elements per range of either, a multiple of 4.
+        levels: "learned" puts the levels of codes of 2 and 4 bits where the values are, see
+            :class:`~commkit.compressors.LearnedLevels`.
         feedback: "error_feedback" keeps what the gradients' codes leave unsent and rounds to the nearest: less noise at
             4 bits, for a residual as large as the whole model on every rank, 4 bytes per element.
+        start_step: steps in full precision before.
         min_numel: smaller parameters go in full precision, each as a whole.
         min_ndim: so do those of fewer dimensions: norms and biases at 2.
         exclude: and those whose name matches one of these shell patterns.
     """
     rounding: Literal["nearest", "stochastic"] = "nearest" if feedback != "none" else "stochastic"
     return ShardedScheme(
-        weights=_ranged(weight_bits, bucket_size, "shift"),
-        gradients=_ranged(gradient_bits, bucket_size, rounding),
+        weights=_ranged(weight_bits, bucket_size, "shift", levels),
+        gradients=_ranged(gradient_bits, bucket_size, rounding, levels),
         feedback=feedback,
-        policy=Policy(0, min_numel, min_ndim, exclude),
+        policy=Policy(start_step, min_numel, min_ndim, exclude),
     )
 
 
@@ -1009,6 +1015,7 @@ def zeropp(
     gradient_block: int = 256,
     local_size: int | None = None,
     nodes: Nodes | None = None,
+    start_step: int = 0,
     min_numel: int = 1024,
     min_ndim: int = 2,
     exclude: Sequence[str] = (),
@@ -1026,6 +1033,7 @@ def zeropp(
         gradient_block: elements per scale of the gradients.
         local_size: ranks per node; None: the environment's LOCAL_WORLD_SIZE, which launchers set.
         nodes: the ranks of each node instead.
+        start_step: steps in full precision before.
         min_numel: smaller parameters go in full precision, each as a whole.
         min_ndim: so do those of fewer dimensions: norms and biases at 2.
         exclude: and those whose name matches one of these shell patterns.
@@ -1035,7 +1043,7 @@ def zeropp(
         weights=_blocked(weight_bits, weight_block, "nearest"),
         gradients=gradients,
         between=gradients,
-        policy=Policy(0, min_numel, min_ndim, exclude),
+        policy=Policy(start_step, min_numel, min_ndim, exclude),
         local_size=local_size,
         nodes=nodes,
     )
@@ -1219,10 +1227,19 @@ def _block_quantised(
 
 
 def _ranged(
-    bits: int, bucket_size: int, rounding: Literal["shift", "stochastic", "nearest"]
+    bits: int,
+    bucket_size: int,
+    rounding: Literal["shift", "stochastic", "nearest"],
+    levels: Literal["uniform", "learned"],
 ) -> Compressor | None:
     if bits in (16, 32):
         return Cast("bf16") if bits == 16 else None
+    if levels == "learned" and bits < 8:
+        # A lattice of uneven steps cannot be shifted as one: what stays unbiased is stochastic rounding.
+        uneven: Literal["stochastic", "nearest"] = (
+            "nearest" if rounding == "nearest" else "stochastic"
+        )
+        return LearnedLevels(bits, bucket_size, uneven)  # type: ignore[arg-type]
     return MinMax(bits, bucket_size, rounding)  # type: ignore[arg-type]
 
 

@@ -18,9 +18,11 @@ from torchdata.stateful_dataloader import (  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 import commkit
+from commkit.adapters.local_updates import ShardedReplicas
 from commkit.metrics import MetricsSink
 from commkit.outer import AdLoCo, DFedSAM, OuterSync
 from commkit.sharded import PartitionedOptimizer
+from commkit.types import Comm
 from launch import sharding
 from launch.attachment import Attachment
 from launch.interface import InterfaceMeter
@@ -36,6 +38,7 @@ from launch.world import LauncherWatch
 class Trainer:
     """Everything a step needs. ``sinks`` is empty except on rank 0.
 
+    ``sharded`` is for checkpoints of local updates whose replicas are sharded.
     ``after_backward`` is called as soon as a synchronised backward pass has returned.
     """
 
@@ -47,6 +50,7 @@ class Trainer:
     task: Task
     device: torch.device
     run: RunDirectory
+    sharded: ShardedReplicas | None = None
     after_backward: Callable[[], None] | None = None
     meter: InterfaceMeter | None = None
     sinks: list[MetricsSink] = field(default_factory=list)
@@ -58,8 +62,13 @@ class Trainer:
         self.time_is_up = False  # on all ranks alike
 
     @property
+    def comm(self) -> Comm:
+        """Of all ranks of the job."""
+        return self.handle.comm if self.sharded is None else self.sharded.comm
+
+    @property
     def rank(self) -> int:
-        return self.handle.comm.rank
+        return self.comm.rank
 
     @property
     def ended(self) -> bool:
@@ -103,7 +112,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         own = list(islice(batches, self.micro_batches))
-        self.progress.tokens += sum(map(self.task.tokens, own)) * self.handle.comm.world_size
+        self.progress.tokens += sum(map(self.task.tokens, own)) * self.comm.world_size
         losses: list[Tensor] = []
 
         def closure() -> float:
@@ -152,7 +161,7 @@ class Trainer:
         both = self.sum_over_ranks(torch.stack([local, torch.full_like(local, late)]))
         total, latecomers = both.tolist()
         self.time_is_up = latecomers > 0
-        return float(total / self.handle.comm.world_size)
+        return float(total / self.comm.world_size)
 
     def gradients(self, batches: Sequence[Tensor]) -> Tensor:
         """Forward and backward of this rank's share, clipped; gradients are sent with the last batch only.
@@ -218,8 +227,8 @@ class Trainer:
         local updates each share is measured on its rank's own replica."""
         if self.local_updates is None:  # as DDP does before each step: rank 0's are the model's
             for buffer in self.module.buffers():
-                self.handle.comm.broadcast(buffer, src=0)
-        mine = self.task.validation(self.rank, self.handle.comm.world_size)
+                self.comm.broadcast(buffer, src=0)
+        mine = self.task.validation(self.rank, self.comm.world_size)
         if isinstance(self.model, FSDPModule):
             mine = self.as_many_for_all(mine)
         sums = measured(self.module, self.task, mine, self.device, self.settings)
@@ -231,13 +240,13 @@ class Trainer:
         """``mine``, and then empty batches, so that all ranks of a sharded model run forward equally often."""
         own = list(mine)
         count = torch.tensor([len(own)], device=self.device)
-        most = int(self.handle.comm.all_reduce(count, op="max"))
+        most = int(self.comm.all_reduce(count, op="max"))
         some = next(iter(self.task.validation(0, 1)))
         yield from own
         yield from (some[:0] for _ in range(most - len(own)))
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        return self.handle.comm.all_reduce(x, op="sum")
+        return self.comm.all_reduce(x, op="sum")
 
     def save_when_due(self) -> None:
         """Checkpoint at every multiple of ``checkpoint.every`` and at the last step."""
@@ -266,11 +275,19 @@ class Trainer:
         else:  # replicas differ inside a round, and inner optimizers always
             per_rank |= weights | {"replica": self.local_updates.replica_state}
             replicated["method"] = self.local_updates
+        if self.sharded is not None:
+            replicated["method"] = self.sharded.method
+            return {
+                "replicated": replicated,
+                "per_rank": per_rank,
+                "reducer": self.sharded.reducer,
+                "comm": self.sharded.comm,
+            }
         return {
             "replicated": replicated,
             "per_rank": per_rank,
             "reducer": self.handle.reducer,
-            "comm": self.handle.comm,
+            "comm": self.comm,
         }
 
 

@@ -23,8 +23,9 @@ import torch.distributed as dist
 import tyro
 from torch.nn.parallel import DistributedDataParallel
 
+from commkit.adapters.local_updates import ShardedReplicas
 from commkit.config import apply_overrides, load_yaml, validate
-from commkit.outer import OuterScheme
+from commkit.outer import OuterScheme, OuterSync
 from commkit.schemes import make_scheme
 from launch import asynchronous, baselines, coordinated, sharding
 from launch.gpt import count_parameters
@@ -173,6 +174,9 @@ def set_up(job: Job) -> Trainer:
         task=job.task,
         device=device,
         run=job.run,
+        sharded=ShardedReplicas(handle, mesh)
+        if isinstance(handle, OuterSync) and mesh is not None
+        else None,
         after_backward=getattr(handle, "backward_ended", None),
         meter=job.meter,
     )
@@ -232,7 +236,7 @@ def describe(trainer: Trainer) -> str:
     """One line: what is about to run."""
     return (
         f"{trainer.settings.scheme['name']}: {count_parameters(trainer.model):,} parameters, "
-        f"{trainer.handle.comm.world_size} ranks on {trainer.device.type}, "
+        f"{trainer.comm.world_size} ranks on {trainer.device.type}, "
         f"{trainer.task.headline()}, "
         f"step {trainer.progress.step} of {trainer.settings.steps}, into {trainer.run.path}"
     )
@@ -253,7 +257,7 @@ def facts(trainer: Trainer, validation: Mapping[str, float]) -> Mapping[str, Any
     """What ``summary.json`` says besides the totals of the per-step records."""
     return {
         "scheme": trainer.settings.scheme["name"],
-        "world_size": trainer.handle.comm.world_size,
+        "world_size": trainer.comm.world_size,
         "steps": trainer.progress.step,
         "parameters": count_parameters(trainer.model),
         "buffer_bytes": sum(b.numel() * b.element_size() for b in trainer.model.buffers()),

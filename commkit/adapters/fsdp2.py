@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from ..aggregators.nodes import INTER
 from ..comm import DistComm, new_group_like
 from ..metrics import StepStats
 from ..optim import CommOptimizer
 from ..registry import spec
 from ..runtime.agreement import agree, mark_attached, refuse_attached, trainable_parameters
 from ..runtime.alarm import Alarm
+from ..runtime.meter import StepMeter
 from ..runtime.shards import local
 from ..runtime.worker import ReductionWorker
 from ..sharded import Exchange, ShardedScheme, Unit, find_units
@@ -48,7 +49,7 @@ class ShardedHandle:
         self,
         scheme: ShardedScheme,
         units: list[Unit],
-        axes: _Axes,
+        axes: Axes,
         optimizer: Optimizer | None,
         grad_scaler: GradScaler | None,
         timeout_s: float,
@@ -62,14 +63,15 @@ class ShardedHandle:
         self._shards = DistComm(axes.shards)  # FSDP's own: called by it, in its order
         self._gathers: list[CountedAllGather] = []
         self._scatters: list[CountedReduceScatter] = []
-        self._before, self._dense_before = self._shards.bytes.copy(), 0
+        self._meter, self._inside, self._dense_before = StepMeter(self._shards), StepStats(), 0
+        self._passes.after.append(self._close_pass)
         self._replicas: ReplicaReduction | None = None
         self._worker: ReductionWorker | None = None
         exchange = self._put_on_units()
         self.reducer = ShardedState(
             axes.place,
             {segment.key: segment for unit in units for segment in unit.segments},
-            {name: (p.shape, _cut(p)) for unit in units for name, p in unit.parameters.items()},
+            {name: (p.shape, cut_of(p)) for unit in units for name, p in unit.parameters.items()},
             scheme.reducer,
             exchange.feedback if isinstance(exchange, OneHopWithFeedback) else None,
             self._steps,
@@ -91,7 +93,6 @@ class ShardedHandle:
         if comm.world_size == 1:
             return None
         shapes = {name: p.shape for unit in self.units for name, p in unit.parameters.items()}
-
         weights = scheme.gathering(shapes)
         exchange = scheme.scattering(shapes, comm)
         if isinstance(exchange, OneHopWithFeedback):
@@ -100,7 +101,7 @@ class ShardedHandle:
             gather = CountedAllGather(comm)
             if weights is not None:
                 gather = CompressedAllGather(unit, weights, comm, self._steps)
-            scatter = CountedReduceScatter(comm)
+            scatter = CountedReduceScatter(comm, self._passes)
             if exchange is not None:
                 scatter = CompressedReduceScatter(unit, exchange, comm, self._passes)
             # FSDP asks for subclasses of classes that it keeps private, and takes whatever has their methods.
@@ -112,32 +113,36 @@ class ShardedHandle:
 
     @property
     def last_step(self) -> StepStats:
-        """Of the last backward pass between replicas, and of all gathers and scatters since this was last asked.
+        """Of the last backward pass that sent gradients, and of all gathers since the one before it.
 
         ``inter_node_bytes`` are those between replicas, and between nodes where gradients go node by node.
         ``dense_bytes`` are those of whole weights and gradients as they were gathered and scattered, and of the shards'
-        gradients between replicas. Of gathers and scatters nothing counts as hidden on a CPU, where FSDP waits for them.
+        gradients between replicas. Of gathers and scatters nothing counts as hidden: on a CPU FSDP waits for them.
         """
-        stats = StepStats() if self._replicas is None else self._replicas.last_step
-        now, before = self._shards.bytes.copy(), self._before
-        dense = sum(each.dense_bytes for each in self._gathers)
-        dense += sum(each.dense_bytes for each in self._scatters)
-        seconds = now.seconds - before.seconds
-        replicas = stats.num_contributors if self._replicas is not None else 1
-        told = dataclasses.replace(
-            stats,
-            dense_bytes=stats.dense_bytes + dense - self._dense_before,
-            payload_bytes=stats.payload_bytes + now.payload_bytes - before.payload_bytes,
-            wire_bytes=stats.wire_bytes + now.wire_bytes - before.wire_bytes,
-            inter_node_bytes=stats.wire_bytes + now.labelled(INTER) - before.labelled(INTER),
-            rounds=stats.rounds + now.rounds - before.rounds,
-            comm_seconds=stats.comm_seconds + seconds,
-            exposed_comm_seconds=stats.exposed_comm_seconds + seconds,
+        inside = self._inside
+        between = StepStats() if self._replicas is None else self._replicas.last_step
+        replicas = 1 if self._replicas is None else between.num_contributors
+        return dataclasses.replace(
+            between,
+            step=max(self._passes.count - 1, 0) if self._replicas is None else between.step,
+            dense_bytes=inside.dense_bytes + between.dense_bytes,
+            payload_bytes=inside.payload_bytes + between.payload_bytes,
+            wire_bytes=inside.wire_bytes + between.wire_bytes,
+            inter_node_bytes=inside.inter_node_bytes + between.wire_bytes,
+            rounds=inside.rounds + between.rounds,
+            comm_seconds=inside.comm_seconds + between.comm_seconds,
+            exposed_comm_seconds=inside.comm_seconds + between.exposed_comm_seconds,
             residual_norm=self.reducer.residual_norm,
             num_contributors=replicas * self._shards.world_size,
         )
-        self._before, self._dense_before = now, dense
-        return told
+
+    def _close_pass(self) -> None:
+        """What was gathered and scattered since the last pass belongs to this one."""
+        dense = sum(each.dense_bytes for each in self._gathers)
+        dense += sum(each.dense_bytes for each in self._scatters)
+        stats = StepStats(dense_bytes=dense - self._dense_before)
+        self._inside = self._meter.close(stats, exposed=0.0)
+        self._dense_before = dense
 
     @property
     def failure(self) -> Exception | None:
@@ -162,7 +167,7 @@ class ShardedHandle:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Axes:
+class Axes:
     """The process groups of a mesh.
 
     Args:
@@ -196,14 +201,15 @@ def attach_fsdp2(
 ) -> ShardedHandle:
     """See :func:`commkit.attach`."""
     units = find_units(model)
-    axes = _axes(units, mesh)
+    axes = axes_of(units, mesh)
     comm = DistComm(axes.everybody)
     error: Exception | None = None
     fingerprint: dict[str, Any] = {}
     try:
         refuse_attached(model)
         scheme = make()
-        _check(scheme, axes, optimizer, grad_scaler)
+        _check(scheme, units, axes, optimizer, grad_scaler)
+        refuse_other_collectives(units, between_replicas=scheme.reducer is not None)
         trainable = trainable_parameters(model)
         owner = getattr(scheme.reducer, "optimizer", None)
         if isinstance(owner, CommOptimizer):
@@ -229,13 +235,13 @@ def replicas_of(model: nn.Module, mesh: DeviceMesh) -> dist.ProcessGroup:
     Raises:
         ValueError: there is no such axis.
     """
-    axes = _axes(find_units(model), mesh)
+    axes = axes_of(find_units(model), mesh)
     if axes.replicas is None:
         raise ValueError(_no_replicas(mesh))
     return axes.replicas
 
 
-def _axes(units: list[Unit], mesh: DeviceMesh | None) -> _Axes:
+def axes_of(units: list[Unit], mesh: DeviceMesh | None) -> Axes:
     """Which groups there are, from the parameters and ``mesh``.
 
     Raises:
@@ -260,7 +266,7 @@ def _axes(units: list[Unit], mesh: DeviceMesh | None) -> _Axes:
             'give it the shard axis alone, fully_shard(module, mesh=mesh["shard"]), and attach(..., mesh=mesh)'
         )
     if whole.ndim == 1:
-        return _Axes(shards, None, shards)
+        return Axes(shards, None, shards)
     ranks = dist.get_process_group_ranks(shards)
     dims = [
         d for d in range(whole.ndim) if dist.get_process_group_ranks(whole.get_group(d)) == ranks
@@ -274,15 +280,23 @@ def _axes(units: list[Unit], mesh: DeviceMesh | None) -> _Axes:
         )
     everybody = dist.new_group(whole.mesh.flatten().tolist(), use_local_synchronization=True)
     assert isinstance(everybody, dist.ProcessGroup)
-    return _Axes(shards, whole.get_group(rest[0]) if mesh is not None else None, everybody)
+    return Axes(shards, whole.get_group(rest[0]) if mesh is not None else None, everybody)
 
 
 def _check(
     scheme: ShardedScheme,
-    axes: _Axes,
+    units: list[Unit],
+    axes: Axes,
     optimizer: Optimizer | None,
     grad_scaler: GradScaler | None,
 ) -> None:
+    if scheme.feedback != "none":
+        held = sum(s.padded for unit in units for s in unit.segments) * axes.place.shards * 4
+        warnings.warn(
+            f"feedback={scheme.feedback!r} keeps what whole gradients leave unsent: {held:,} bytes on every rank, however "
+            "many shards there are",
+            stacklevel=4,
+        )
     if scheme.feedback != "none" and grad_scaler is not None:
         raise TypeError(
             f"feedback={scheme.feedback!r} keeps gradients from step to step, and a GradScaler changes their scale; train "
@@ -297,9 +311,39 @@ def _check(
         )
 
 
-def _cut(p: nn.Parameter) -> int:
+def cut_of(p: nn.Parameter) -> int:
+    """The dimension along which ``p`` is sharded."""
     assert isinstance(p, DTensor)
     return next(place.dim for place in p.placements if isinstance(place, Shard))
+
+
+def refuse_other_collectives(units: list[Unit], between_replicas: bool) -> None:
+    """
+    Raises:
+        RuntimeError: a torch without the interface.
+        ValueError: somebody else has set collectives of a unit, or a hook that works where this scheme would.
+    """
+    for unit in units:
+        if not hasattr(unit.module, "set_custom_all_gather"):
+            raise RuntimeError(
+                f"torch {torch.__version__} has no FSDPModule.set_custom_all_gather; commkit needs torch 2.11 or later"
+            )
+        # FSDP has no public word for what was set; only looked at, and what is not there is not known to be wrong.
+        state = unit.module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in filter(None, groups):
+            for what in ("_all_gather_comm", "_reduce_scatter_comm"):
+                set_by = type(getattr(group, what, None)).__module__
+                if not set_by.startswith(("torch.", "builtins")):
+                    raise ValueError(
+                        f"{unit.name or 'the root module'} has custom collectives already (of {set_by}); attach once, and "
+                        "leave set_custom_all_gather and set_custom_reduce_scatter to commkit"
+                    )
+            if between_replicas and getattr(group, "_all_reduce_hook", None) is not None:
+                raise ValueError(
+                    f"{unit.name or 'the root module'} has an all-reduce hook already, and the scheme would reduce what it "
+                    "has reduced; leave set_all_reduce_hook out"
+                )
 
 
 def _no_replicas(mesh: DeviceMesh | None) -> str:

@@ -51,9 +51,10 @@ class ReplicaReduction:
         self._worker = worker
         self._meter = StepMeter(comm)
         self.last_step = StepStats()
-        self._units = [
+        trained = (
             {name: p for name, p in unit.parameters.items() if p.requires_grad} for unit in units
-        ]
+        )
+        self._units = [unit for unit in trained if unit]
         self._places = {p: at for at, unit in enumerate(self._units) for p in unit.values()}
         self._order = list(reversed(range(len(self._units))))
         self._learned = False

@@ -6,6 +6,7 @@ from .cast import Cast
 from .dct_topk import DCTTopK
 from .dynamic_tree import DynamicTree
 from .e3m0 import E3M0
+from .learned_levels import LearnedLevels
 from .min_max import MinMax
 from .natural import Natural
 from .none import NoCompression
@@ -24,6 +25,7 @@ __all__ = [
     "DCTTopK",
     "DynamicTree",
     "E3M0",
+    "LearnedLevels",
     "MinMax",
     "Natural",
     "NoCompression",

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .. import ops
 from ..registry import register
 from ..types import Compressor, Payload, TensorCtx
+from .unsigned import buckets, pack_unsigned, unpack_unsigned
 
 
 @register("compressor", "min_max")
@@ -58,7 +58,7 @@ class MinMax(Compressor):
         return self.rounding == "nearest" and self.bits > 2
 
     def compress(self, x: Tensor, ctx: TensorCtx, salt: int = 0) -> Payload:
-        rows = _buckets(x.reshape(-1).to(ctx.work_dtype).float(), self.bucket_size)
+        rows = buckets(x.reshape(-1).to(ctx.work_dtype).float(), self.bucket_size)
         if rows.numel() == 0:
             return torch.zeros(0, dtype=torch.uint8, device=x.device), rows.new_empty((0, 2))
         lo, hi = torch.aminmax(rows, dim=1, keepdim=True)
@@ -72,11 +72,11 @@ class MinMax(Compressor):
         else:
             y.round_()
         codes = y.clamp_(0, self._top).nan_to_num_(0.0).to(torch.uint8).view(-1)[: ctx.numel]
-        return self._pack(codes), torch.cat([lo, step], dim=1)
+        return pack_unsigned(codes, self.bits), torch.cat([lo, step], dim=1)
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         codes, ranges = payload
-        rows = _buckets(self._unpack(codes, ctx.numel), self.bucket_size)
+        rows = buckets(unpack_unsigned(codes, ctx.numel, self.bits).float(), self.bucket_size)
         values = torch.addcmul(ranges[:, :1], rows, ranges[:, 1:])
         return values.view(-1)[: ctx.numel].to(ctx.work_dtype).view(ctx.shape)
 
@@ -89,28 +89,3 @@ class MinMax(Compressor):
 
     def _noise(self, numel: int, ctx: TensorCtx, salt: int) -> Tensor:
         return ops.uniform_noise(numel, ctx.shared_seed(salt), ctx.device)
-
-    def _pack(self, codes: Tensor) -> Tensor:
-        per_byte = 8 // self.bits
-        if per_byte == 1:
-            return codes
-        parts = pad(codes, (0, -codes.numel() % per_byte)).view(-1, per_byte)
-        packed = parts[:, 0].clone()
-        for place in range(1, per_byte):
-            packed |= parts[:, place] << (place * self.bits)
-        return packed
-
-    def _unpack(self, packed: Tensor, numel: int) -> Tensor:
-        per_byte = 8 // self.bits
-        if per_byte > 1:
-            parts = [(packed >> (place * self.bits)) & self._top for place in range(per_byte)]
-            packed = torch.stack(parts, dim=1).view(-1)[:numel]
-        return packed.float()
-
-
-def _buckets(x: Tensor, size: int) -> Tensor:
-    """(n,) -> (buckets, size). The last one is filled up with its own last element, which leaves its range alone."""
-    missing = -x.numel() % size
-    if missing:
-        x = torch.cat([x, x[-1:].expand(missing)])
-    return x.view(-1, size)

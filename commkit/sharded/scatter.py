@@ -22,13 +22,15 @@ class CountedReduceScatter:
 
     Args:
         comm: over the group of the unit's shards.
+        passes: the backward passes so far, of which each that scatters is one.
 
     Attributes:
         dense_bytes: of all that was scattered so far, uncompressed.
     """
 
-    def __init__(self, comm: DistComm) -> None:
+    def __init__(self, comm: DistComm, passes: PassCounter) -> None:
         self._comm = comm
+        self._passes = passes
         self.dense_bytes = 0
 
     def allocate(
@@ -45,6 +47,7 @@ class CountedReduceScatter:
         async_op: bool = False,
     ) -> dist.Work | None:
         self.dense_bytes += nbytes(input_tensor)
+        self._passes.mark()
         return self.scatter(output_tensor, input_tensor, op, async_op)
 
     def scatter(
@@ -64,14 +67,13 @@ class CompressedReduceScatter(CountedReduceScatter):
         unit: whose gradients are scattered.
         exchange: how.
         comm: over the group of the unit's shards.
-        passes: the backward passes so far; rounding draws anew in each.
+        passes: as above; rounding draws anew in each.
     """
 
     def __init__(self, unit: Unit, exchange: Exchange, comm: DistComm, passes: PassCounter) -> None:
-        super().__init__(comm)
+        super().__init__(comm, passes)
         self._exchange = exchange
         self._usage = Usage(unit)
-        self._passes = passes
 
     def scatter(self, out: Tensor, gradients: Tensor, op: object, async_op: bool) -> None:
         """Done, in stream order, when it returns. ``op`` is AVG, or SUM where FSDP divides itself.
@@ -90,7 +92,6 @@ class CompressedReduceScatter(CountedReduceScatter):
         self._exchange.mean_into(out, rows, segments, self._passes.count)
         if not average:
             out.mul_(self._comm.world_size)
-        self._passes.mark()
 
     def close(self) -> None:
         """Watch the unit no more."""

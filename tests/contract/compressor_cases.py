@@ -135,6 +135,9 @@ _CASES = [
     ),
     CompressorCase("min_max", {"bits": 2}, salted=True, unbiased=True, error=2.001 / 3),
     CompressorCase("min_max", {"rounding": "nearest"}, error=1.001 / 255, contraction=_kept(0)),
+    # an uneven step may be as wide as the range
+    CompressorCase("learned_levels", salted=True, unbiased=True, error=2.001),
+    CompressorCase("learned_levels", {"rounding": "nearest"}, error=1.001, contraction=_kept(0)),
     CompressorCase("natural", salted=True, unbiased=True, error=1.0, contraction=lambda x: 1 / 8),
     CompressorCase("vote", magnitudes=False),
     CompressorCase("sign", {"scale": "l1"}, contraction=_l1),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import pytest
 import torch
 
@@ -55,6 +58,23 @@ def test_it_follows_fsdp(monkeypatch, scheme, world_size):
     before, exact, close = plain[0][0][0], plain[0][0][-1], ours[0][0][-1]
     assert abs(close - exact) < 0.05 * (before - exact)
     assert all(torch.equal(ours[0][1][n], o[1][n]) for o in ours for n in o[1])
+
+
+def warned(rank, world_size):
+    model = shard(make(), line(world_size))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        commkit.attach(model, "qsdp", optimizer, gradient_bits=4, feedback="error_feedback")
+    return [str(w.message) for w in caught if "bytes on every rank" in str(w.message)]
+
+
+def test_feedback_of_whole_gradients_says_what_it_costs():
+    whole_bytes = 4 * sum(p.numel() for p in make().parameters())
+    for told in run_ranks(warned, 2):
+        (text,) = told
+        said = int(re.search(r"([\d,]+) bytes", text)[1].replace(",", ""))
+        assert whole_bytes <= said < 1.05 * whole_bytes
 
 
 def test_unused_parameters_and_frozen_ones_are_left_out():

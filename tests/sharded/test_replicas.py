@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import commkit
@@ -92,6 +93,55 @@ def test_schemes_train_and_replicas_stay_equal(scheme, knobs):
         assert all(
             math.prod(s) <= locals_[k.rpartition("::")[2]].numel() for k, s in residuals.items()
         )
+
+
+def with_a_frozen_unit(rank, world_size):
+    mesh = grid(2, 2)
+    model = make(seed=rank // SHARDS)
+    model.blocks[1].requires_grad_(False)
+    shard(model, mesh["shard"])
+    commkit.attach(model, "int8", mesh=mesh, min_numel=64)
+    for step in range(3):
+        model.zero_grad()
+        loss_of(model, step, rank).backward()
+    return gradients(model)
+
+
+def test_a_frozen_unit_is_left_out():
+    told = run_ranks(with_a_frozen_unit, 4)
+    for each in told:
+        assert each
+        assert not any(name.startswith("blocks.1.") for name in each)
+        assert all(torch.equal(each[name], told[0][name]) for name in each)
+
+
+def both_axes(rank, world_size, inside):
+    mesh = grid(2, 2)
+    model = shard(make(seed=rank // SHARDS), mesh["shard"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    block = {"name": "hsdp", "scheme": {"name": "int8", "min_numel": 64}, "inside": inside}
+    handle = commkit.attach(model, block, optimizer, mesh=mesh)
+    losses = []
+    for step in range(20):
+        optimizer.zero_grad()
+        loss = loss_of(model, step, rank)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return losses, {n: whole(p) for n, p in model.named_parameters()}, handle.last_step
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [{"name": "qsdp", "min_numel": 1}, {"name": "zeropp", "min_numel": 1, "local_size": 2}],
+)
+def test_both_axes_may_be_compressed(inside):
+    told = run_ranks(both_axes, 4, inside)
+    first, last = (sum(losses[at] for losses, *_ in told) for at in (0, -1))
+    assert last < 0.7 * first
+    for _, weights, stats in told:
+        assert all(torch.equal(weights[n], told[0][1][n]) for n in weights)
+        assert 0 < stats.inter_node_bytes < stats.wire_bytes < stats.dense_bytes
 
 
 def one_scheme_twice(rank, world_size, accumulate):
@@ -205,30 +255,57 @@ def test_clipping_sees_whole_gradients():
         torch.testing.assert_close(ours[0][name], g, rtol=1e-4, atol=1e-7)
 
 
+class Foreign:
+    """Somebody else's reduce-scatter."""
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        raise AssertionError("not used")
+
+
+def attach(mesh, scheme="int8", prepare=lambda model: None, **options):
+    model = shard(make(), mesh["shard"])
+    prepare(model)
+    commkit.attach(model, scheme, **options)
+    return model
+
+
+def of(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def three_axes():
+    return init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("a", "b", "c"))
+
+
+CASES = {
+    "native": lambda mesh: commkit.attach(shard(make(), mesh), "int8", mesh=mesh),
+    "no mesh": lambda mesh: attach(mesh),
+    "not wrapped": lambda mesh: commkit.attach(make(), "int8", of(make()), mesh=mesh),
+    "no replicas": lambda mesh: attach(mesh, mesh=mesh["shard"]),
+    "no optimizer": lambda mesh: attach(mesh, "qsdp"),
+    "plain": lambda mesh: commkit.attach(make(), "qsdp", of(make())),
+    "one rank": lambda mesh: attach(
+        mesh, mesh=mesh, **({"rounding": "oops"} if dist.get_rank() == 1 else {})
+    ),
+    "custom collectives": lambda mesh: attach(
+        mesh, prepare=lambda m: m.blocks[0].set_custom_reduce_scatter(Foreign()), mesh=mesh
+    ),
+    "all-reduce hook": lambda mesh: attach(
+        mesh, prepare=lambda m: m.set_all_reduce_hook(lambda reduced: None), mesh=mesh
+    ),
+    "process group": lambda mesh: attach(mesh, mesh=mesh, process_group=mesh["shard"].get_group()),
+    "uneven mesh": lambda mesh: attach(mesh, mesh=three_axes()),
+    "twice": lambda mesh: commkit.attach(attach(mesh, mesh=mesh), "int8", mesh=mesh),
+}
+
+
 def refused(rank, world_size, case):
     mesh = grid(2, 2)
     try:
-        if case == "native":
-            commkit.attach(shard(make(), mesh), "int8", mesh=mesh)
-        elif case == "no mesh":
-            commkit.attach(shard(make(), mesh["shard"]), "int8")
-        elif case == "not wrapped":
-            commkit.attach(make(), "int8", torch.optim.SGD(make().parameters()), mesh=mesh)
-        elif case == "two meshes":
-            model = make()
-            shard(model, mesh["shard"])
-            commkit.attach(model, "int8", mesh=mesh["shard"])
-        elif case == "no optimizer":
-            commkit.attach(shard(make(), mesh["shard"]), "qsdp")
-        elif case == "plain":
-            commkit.attach(make(), "qsdp", torch.optim.SGD(make().parameters()))
-        elif case == "one rank":
-            knobs = {"rounding": "oops"} if rank == 1 else {}
-            commkit.attach(shard(make(), mesh["shard"]), "int8", mesh=mesh, **knobs)
-        elif case == "twice":
-            model = shard(make(), mesh["shard"])
-            commkit.attach(model, "int8", mesh=mesh)
-            commkit.attach(model, "int8", mesh=mesh)
+        CASES[case](mesh)
     except Exception as error:
         dist.barrier()
         return f"{type(error).__name__}: {error}"
@@ -241,10 +318,14 @@ def refused(rank, world_size, case):
         ("native", "shard axis alone"),
         ("no mesh", "give the whole mesh"),
         ("not wrapped", "shard the model first"),
-        ("two meshes", "give the whole mesh"),
+        ("no replicas", "give the whole mesh"),
         ("no optimizer", "attach(model, scheme, optimizer)"),
         ("plain", "fully_shard"),
         ("one rank", "rank 1"),
+        ("custom collectives", "blocks.0 has custom collectives already"),
+        ("all-reduce hook", "all-reduce hook already"),
+        ("process group", "give mesh="),
+        ("uneven mesh", "must have two axes"),
         ("twice", "attached already"),
     ],
 )

@@ -1,0 +1,38 @@
+"""Unsigned codes of 2, 4 or 8 bits, several in a byte."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def pack_unsigned(codes: Tensor, bits: int) -> Tensor:
+    """(n,) uint8 below 2^bits -> (ceil(n bits / 8),) uint8, the first code in the lowest bits."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return codes
+    parts = pad(codes, (0, -codes.numel() % per_byte)).view(-1, per_byte)
+    packed = parts[:, 0].clone()
+    for place in range(1, per_byte):
+        packed |= parts[:, place] << (place * bits)
+    return packed
+
+
+def unpack_unsigned(packed: Tensor, numel: int, bits: int) -> Tensor:
+    """Inverse of :func:`pack_unsigned`: (numel,) uint8."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return packed
+    top = (1 << bits) - 1
+    parts = [(packed >> (place * bits)) & top for place in range(per_byte)]
+    return torch.stack(parts, dim=1).view(-1)[:numel]
+
+
+def buckets(x: Tensor, size: int) -> Tensor:
+    """(n,) -> (ceil(n / size), size). The last one is filled up with its own last element, which leaves its range
+    alone."""
+    missing = -x.numel() % size
+    if missing:
+        x = torch.cat([x, x[-1:].expand(missing)])
+    return x.view(-1, size)
