@@ -1,9 +1,11 @@
 """commkit: training that is fast where the network is slow."""
 
-from . import checkpoint, optim, outer, schemes
+from . import checkpoint, optim, outer, schemes, sharded
 from .adapters.at_step import StepHandle
 from .adapters.attach import attach
 from .adapters.ddp import Handle, ddp_comm_hook, ddp_hook
+from .adapters.fsdp2 import ShardedHandle
+from .adapters.local_updates import ShardedReplicas
 from .config import ConfigError
 from .metrics import StepStats
 from .outer import DiLoCo, LocalSGD, RoundAborted, SyncOptions
@@ -21,6 +23,8 @@ __all__ = [
     "RankFailure",
     "Reducer",
     "RoundAborted",
+    "ShardedHandle",
+    "ShardedReplicas",
     "StepHandle",
     "StepStats",
     "SyncOptions",
@@ -32,4 +36,5 @@ __all__ = [
     "optim",
     "outer",
     "schemes",
+    "sharded",
 ]

@@ -18,7 +18,7 @@ from torchdata.stateful_dataloader import (  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 import commkit
-from commkit.adapters.local_updates import ShardedReplicas
+from commkit import ShardedReplicas
 from commkit.metrics import MetricsSink
 from commkit.outer import AdLoCo, DFedSAM, OuterSync
 from commkit.sharded import PartitionedOptimizer

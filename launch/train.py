@@ -23,7 +23,7 @@ import torch.distributed as dist
 import tyro
 from torch.nn.parallel import DistributedDataParallel
 
-from commkit.adapters.local_updates import ShardedReplicas
+from commkit import ShardedReplicas
 from commkit.config import apply_overrides, load_yaml, validate
 from commkit.outer import OuterScheme, OuterSync
 from commkit.schemes import make_scheme

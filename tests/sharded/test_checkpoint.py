@@ -10,6 +10,9 @@ from commkit import checkpoint
 
 from ..harness import run_ranks
 from .models import grid, line, loss_of, make, shard, whole
+from .together import run_each
+
+pytestmark = pytest.mark.timeout(300)
 
 
 def build(mesh_shape, scheme, knobs):
@@ -60,7 +63,9 @@ def run(rank, world_size, mesh, scheme, knobs, directory, steps, save_at=None, l
     for name, p in model.named_parameters():
         if p in optimizer.state:
             moments[name] = whole(optimizer.state[p]["exp_avg"])
-    return losses, weights, moments, handle.state_dict()
+    state = handle.state_dict()
+    handle.close()
+    return losses, weights, moments, state
 
 
 CASES = [
@@ -72,13 +77,25 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "scheme", "knobs"), CASES)
-def test_resumes_bit_for_bit(tmp_path, mesh, scheme, knobs):
-    at = tmp_path / "at"
-    unbroken = run_ranks(run, 4, mesh, scheme, knobs, at, range(8), 3)
-    resumed = run_ranks(run, 4, mesh, scheme, knobs, at, range(4, 8), None, True)
+def size_of(mesh):
+    return max(mesh[0], 1) * mesh[1]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Every case trained for eight steps and saved after the fourth: where, and the results."""
+    where = tmp_path_factory.mktemp("saved")
+    cases = [(*case, where / str(at), range(8), 3) for at, case in enumerate(CASES)]
+    return where, run_each(run, 4, cases)
+
+
+@pytest.mark.parametrize("at", range(len(CASES)), ids=[case[1] for case in CASES])
+def test_resumes_bit_for_bit(saved, at):
+    where, unbroken = saved
+    cases = [(*case, where / str(i), range(4, 8), None, True) for i, case in enumerate(CASES)]
+    resumed = run_each(run, 4, cases)[at]
     for (a, weights_a, _, state_a), (b, weights_b, _, state_b) in zip(
-        unbroken, resumed, strict=True
+        unbroken[at], resumed, strict=True
     ):
         assert a[4:] == b
         assert all(torch.equal(weights_a[n], weights_b[n]) for n in weights_a)
@@ -104,25 +121,56 @@ def global_residuals(told, mesh):
     return residuals
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "scheme", "knobs"),
-    [
-        ((2, 2), (1, 2), "topk", {"density": 0.05, "min_numel": 64}),
-        ((2, 2), (2, 1), "topk", {"density": 0.05, "min_numel": 64}),
-        ((2, 2), (1, 4), "topk", {"density": 0.05, "min_numel": 64}),
-        ((1, 2), (2, 2), "topk", {"density": 0.05, "min_numel": 64}),
-        ((2, 2), (4, 1), "int8", {"rounding": "nearest", "min_numel": 64}),
-        ((2, 2), (2, 1), "powersgd", {"rank": 2}),
-        ((0, 4), (0, 2), "qsdp", {"gradient_bits": 4, "feedback": "error_feedback"}),
-        ((0, 2), (0, 4), "qsdp", {"gradient_bits": 4, "feedback": "error_feedback"}),
-    ],
-)
-def test_another_mesh_keeps_weights_moments_and_what_is_unsent(tmp_path, old, new, scheme, knobs):
-    at = tmp_path / "at"
-    size = max(old[0], 1) * old[1]
-    before = run_ranks(run, size, old, scheme, knobs, at, range(4), 3)
-    size = max(new[0], 1) * new[1]
-    loaded = run_ranks(run, size, new, scheme, knobs, at, range(0), None, True)
+TOPK = ("topk", {"density": 0.05, "min_numel": 64})
+FEEDBACK = ("qsdp", {"gradient_bits": 4, "feedback": "error_feedback"})
+MOVES = [
+    ((2, 2), (1, 2), *TOPK),
+    ((2, 2), (2, 1), *TOPK),
+    ((2, 2), (1, 4), *TOPK),
+    ((1, 2), (2, 2), *TOPK),
+    ((2, 2), (4, 1), "int8", {"rounding": "nearest", "min_numel": 64}),
+    ((2, 2), (2, 1), "powersgd", {"rank": 2}),
+    ((0, 4), (0, 2), *FEEDBACK),
+    ((0, 2), (0, 4), *FEEDBACK),
+]
+
+
+def run_moves(rank, world_size, moves, which, steps, save_at, load):
+    """The moves of this many ranks; nothing for the others."""
+    told = {}
+    for at, (old, new, scheme, knobs, directory) in enumerate(moves):
+        mesh = (old, new)[which]
+        if size_of(mesh) == world_size:
+            told[at] = run(rank, world_size, mesh, scheme, knobs, directory, steps, save_at, load)
+    return told
+
+
+def told_of_moves(moves, which, steps, save_at=None, load=False):
+    """For each move the results in rank order."""
+    told = {}
+    for world_size in (2, 4):
+        (of_ranks,) = run_each(run_moves, world_size, [(moves, which, steps, save_at, load)])
+        for at in of_ranks[0]:
+            told[at] = [each[at] for each in of_ranks]
+    return told
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """Every move: results when it was saved, when it was loaded, and after ten more steps."""
+    where = tmp_path_factory.mktemp("moved")
+    moves = [(*move, where / str(at)) for at, move in enumerate(MOVES)]
+    return (
+        told_of_moves(moves, 0, range(4), 3),
+        told_of_moves(moves, 1, range(0), None, True),
+        told_of_moves(moves, 1, range(4, 14), None, True),
+    )
+
+
+@pytest.mark.parametrize("at", range(len(MOVES)), ids=[f"{m[0]}-{m[1]}-{m[2]}" for m in MOVES])
+def test_another_mesh_keeps_weights_moments_and_what_is_unsent(moved, at):
+    before, loaded, after = (told[at] for told in moved)
+    old, new, *_ = MOVES[at]
     for _, weights, moments, _ in loaded:
         assert all(torch.equal(weights[n], before[0][1][n]) for n in weights)
         assert all(torch.equal(moments[n], before[0][2][n]) for n in before[0][2])
@@ -130,7 +178,6 @@ def test_another_mesh_keeps_weights_moments_and_what_is_unsent(tmp_path, old, ne
     assert set(was) == set(is_now)
     for key, value in was.items():
         torch.testing.assert_close(is_now[key], value, rtol=1e-6, atol=1e-7)
-    after = run_ranks(run, size, new, scheme, knobs, at, range(4, 14), None, True)
     assert after[0][0][-1] < before[0][0][0]
 
 

@@ -14,7 +14,9 @@ from commkit.sharded import PartitionScheme
 
 from ..harness import run_ranks
 from .models import loss_of, make, whole
+from .together import run_each
 
+pytestmark = pytest.mark.timeout(300)
 FULL = {"gradient_bits": 32, "weight_bits": 32}
 
 
@@ -58,6 +60,7 @@ def train(rank, world_size, knobs, pair, steps, settings=None, directory=None, l
         if directory is not None and not load and step == 3:
             checkpoint.save(directory, **contents(model, optimizer, handle))
     state = sum(x.numel() for s in optimizer.inner.state.values() for x in s.values() if x.ndim)
+    handle.close()
     return losses, {n: whole(p) for n, p in model.named_parameters()}, optimizer.traffic, state
 
 
@@ -76,10 +79,29 @@ def reference(world_size, steps, max_norm=0.0):
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("world_size", "pair"), [(4, 2), (4, 1), (8, 2)])
-def test_in_full_precision_it_is_one_device(world_size, pair):
-    told = run_ranks(train, world_size, FULL, pair, range(4))
-    expected = reference(world_size, 4)
+WIDE = {"width": 192}
+RUNS = {
+    "full, pairs": (FULL, 2, range(4)),
+    "full, alone": (FULL, 1, range(4)),
+    "full, wide": (FULL, 1, range(3), WIDE),
+    "coded, wide": ({}, 1, range(3), WIDE),
+    "coded": ({}, 2, range(25)),
+    "clipped": (FULL, 2, range(3), {"max_grad_norm": 0.05}),
+}
+
+
+def told_of(name):
+    return run_each(train, 4, list(RUNS.values()))[list(RUNS).index(name)]
+
+
+def elements(**sizes):
+    """Trained ones."""
+    return sum(p.numel() for p in make(**sizes).parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["full, pairs", "full, alone"])
+def test_in_full_precision_it_is_one_device(name):
+    told, expected = told_of(name), reference(4, 4)
     for _, weights, _, _ in told:
         for name, p in weights.items():
             # Adam's first steps are of the sign of sums whose last bits differ.
@@ -87,35 +109,38 @@ def test_in_full_precision_it_is_one_device(world_size, pair):
             assert torch.equal(p, told[0][1][name])
 
 
-def test_state_is_cut_over_all_ranks():
-    told = run_ranks(train, 8, FULL, 2, range(1))
-    trained = sum(p.numel() for p in make().parameters() if p.requires_grad)
-    assert sum(state for *_, state in told) == 2 * trained  # two moments of every element, once
-    assert max(state for *_, state in told) < 2 * trained / 8 * 1.35  # of few and short tensors
+def test_eight_ranks_on_three_axes_are_one_device_too():
+    told, expected = run_ranks(train, 8, FULL, 2, range(2)), reference(8, 2)
+    for name, p in told[0][1].items():
+        torch.testing.assert_close(p, expected[name], rtol=1e-3, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["full, pairs", "full, alone"])
+def test_state_is_cut_over_all_ranks(name):
+    states = [state for *_, state in told_of(name)]
+    assert sum(states) == 2 * elements()  # two moments of every element, once
+    assert max(states) < 2 * elements() / 4 * 1.1  # parameters are short
 
 
 def test_traffic_of_each_tier_is_as_the_formulas_say():
-    steps = 3
-    told = run_ranks(train, 8, FULL, 2, range(steps), {"width": 192})
-    trained = sum(p.numel() for p in make(width=192).parameters() if p.requires_grad)
-    n = 4 * trained / 2 * steps  # bytes of a rank's weights in a step, over all steps
-    for _, _, traffic, _ in told:
+    n = 4 * elements(**WIDE) * 3  # bytes of a rank's weights, over all steps
+    for _, _, traffic, _ in told_of("full, wide"):
         # Scatter and gather: (w-1)/w of what a rank has there; a half of it is left for the next tier.
         assert traffic["local"] == pytest.approx(2 * n / 2, rel=0.03)
         assert traffic["node"] == pytest.approx(2 * n / 2 / 2, rel=0.03)
 
 
 def test_codes_save_on_their_tiers():
-    full = run_ranks(train, 8, FULL, 2, range(2), {"width": 192})
-    coded = run_ranks(train, 8, {}, 2, range(2), {"width": 192})
-    for (_, _, a, _), (_, _, b, _) in zip(full, coded, strict=True):
+    for (_, _, a, _), (_, _, b, _) in zip(
+        told_of("full, wide"), told_of("coded, wide"), strict=True
+    ):
         # Gradients in 4 bits and a scale for 256; weights in 8 between nodes and in full inside; norms dense.
         assert b["local"] == pytest.approx(a["local"] * (1 / 8 + 1) / 2, rel=0.05)
         assert b["node"] == pytest.approx(a["node"] * (1 / 8 + 1 / 4) / 2, rel=0.1)
 
 
 def test_it_trains_in_low_precision():
-    told = run_ranks(train, 4, {}, 2, range(25))
+    told = told_of("coded")
     first, last = (sum(losses[at] for losses, *_ in told) for at in (0, -1))
     assert last < 0.6 * first
     for _, weights, _, _ in told:
@@ -123,29 +148,39 @@ def test_it_trains_in_low_precision():
 
 
 def test_clipping_is_by_the_whole_norm():
-    told = run_ranks(train, 4, FULL, 2, range(3), {"max_grad_norm": 0.05})
     expected = reference(4, 3, 0.05)
-    for name, p in told[0][1].items():
+    for name, p in told_of("clipped")[0][1].items():
         torch.testing.assert_close(p, expected[name], rtol=1e-3, atol=3e-5)
 
 
-@pytest.mark.parametrize("knobs", [FULL, {}])
-def test_resumes_bit_for_bit(tmp_path, knobs):
-    at = tmp_path / "at"
-    unbroken = run_ranks(train, 4, knobs, 2, range(8), None, at)
-    resumed = run_ranks(train, 4, knobs, 2, range(4, 8), None, at, True)
-    for (a, weights_a, _, _), (b, weights_b, _, _) in zip(unbroken, resumed, strict=True):
+KNOBS = (FULL, {})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Trained for eight steps and saved after the fourth, in full precision and coded."""
+    where = tmp_path_factory.mktemp("partition")
+    cases = [(k, 2, range(8), None, where / str(at)) for at, k in enumerate(KNOBS)]
+    return where, run_each(train, 4, cases)
+
+
+@pytest.mark.parametrize("at", range(2), ids=["full", "coded"])
+def test_resumes_bit_for_bit(saved, at):
+    where, unbroken = saved
+    cases = [(k, 2, range(4, 8), None, where / str(i), True) for i, k in enumerate(KNOBS)]
+    resumed = run_each(train, 4, cases)[at]
+    for (a, weights_a, _, _), (b, weights_b, _, _) in zip(unbroken[at], resumed, strict=True):
         assert a[4:] == b
         assert all(torch.equal(weights_a[n], weights_b[n]) for n in weights_a)
 
 
-@pytest.mark.parametrize(("world_size", "pair"), [(2, 1), (2, 2), (4, 1), (8, 2)])
-def test_pieces_are_cut_anew_for_another_mesh(tmp_path, world_size, pair):
+@pytest.mark.parametrize(("world_size", "pair"), [(2, 1), (2, 2), (4, 1)])
+def test_pieces_are_cut_anew_for_another_mesh(saved, world_size, pair):
     """In full precision the further course does not depend on how many ranks share the pieces."""
-    at = tmp_path / "at"
-    run_ranks(train, 4, FULL, 2, range(4), None, at)
-    ours = run_ranks(same_batches, world_size, pair, at)
-    theirs = run_ranks(same_batches, 4, 2, at)
+    at = saved[0] / "0"
+    pairs = {2: [1, 2], 4: [1, 2]}[world_size]
+    ours = run_each(same_batches, world_size, [(p, at) for p in pairs])[pairs.index(pair)]
+    theirs = run_each(same_batches, 4, [(1, at), (2, at)])[1]
     for name, p in theirs[0].items():
         torch.testing.assert_close(ours[0][name], p, rtol=1e-4, atol=1e-6)
 

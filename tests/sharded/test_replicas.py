@@ -14,6 +14,7 @@ import commkit
 
 from ..harness import run_ranks
 from .models import gradients, grid, loss_of, make, shard, whole
+from .together import run_each
 
 SHARDS = 2
 
@@ -51,6 +52,7 @@ def train(rank, world_size, scheme, steps, knobs):
         optimizer.step()
     shapes = {k: tuple(v.shape) for k, v in handle.state_dict().items()}
     locals_ = {n: local(p).shape for n, p in model.named_parameters() if p.requires_grad}
+    handle.close()
     return (
         losses,
         {n: whole(p) for n, p in model.named_parameters()},
@@ -70,21 +72,20 @@ def test_full_precision_equals_one_device_that_sees_all_data():
         assert stats.wire_bytes > 0
 
 
-@pytest.mark.parametrize(
-    ("scheme", "knobs"),
-    [
-        ("int8", {}),
-        ("sign", {}),
-        ("powersgd", {"rank": 2}),
-        ("topk", {"density": 0.1}),
-        ("ef21", {"density": 0.1}),
-        ("int8", {"rounding": "nearest"}),
-    ],
-)
-def test_schemes_train_and_replicas_stay_equal(scheme, knobs):
-    told = run_ranks(
-        train, 4, scheme, 20, knobs | ({} if scheme == "powersgd" else {"min_numel": 64})
-    )
+SCHEMES = [
+    ("int8", 20, {"min_numel": 64}),
+    ("sign", 20, {"min_numel": 64}),
+    ("powersgd", 20, {"rank": 2}),
+    ("topk", 20, {"density": 0.1, "min_numel": 64}),
+    ("ef21", 20, {"density": 0.1, "min_numel": 64}),
+    ("int8", 20, {"rounding": "nearest", "min_numel": 64}),
+]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", range(len(SCHEMES)), ids=[str(case[0]) for case in SCHEMES])
+def test_schemes_train_and_replicas_stay_equal(case):
+    told = run_each(train, 4, SCHEMES)[case]
     losses = [sum(each[0][step] for each in told) for step in (0, -1)]
     assert losses[1] < 0.7 * losses[0]
     for _, weights, shapes, locals_, _ in told:
@@ -312,6 +313,7 @@ def refused(rank, world_size, case):
     return "accepted"
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("case", "says"),
     [
@@ -330,6 +332,6 @@ def refused(rank, world_size, case):
     ],
 )
 def test_what_cannot_work_is_refused_on_every_rank(case, says):
-    told = run_ranks(refused, 4, case)
+    told = run_each(refused, 4, [(name,) for name in CASES])[list(CASES).index(case)]
     for rank, text in enumerate(told):
         assert says in text or (case == "one rank" and rank == 1 and "oops" in text), told
