@@ -107,4 +107,4 @@ if __name__ == "__main__":
         given = parser.parse_args()
         rank(given.rank_of, given.rounds, given.out)
     else:
-        main(measure, __doc__ or "", add_options)
+        main(__doc__, measure, add_options)

@@ -14,7 +14,7 @@ from ..feedback import ErrorFeedback
 from ..policy import Policy
 from ..types import Comm, TensorCtx
 from .base import CommOptimizer, OptimizerReducer, Parameters, in_work_dtype
-from .settings import check_group
+from .settings import check_group, without_own
 
 _MOMENTUM = "momentum"
 
@@ -38,7 +38,8 @@ class DeMo(CommOptimizer):
     and norms, and matrices whose coefficients would be no smaller, are all-reduced and take the sign of their
     ordinary momentum (Signum). Messages go to every rank, so it is for at most about a hundred.
 
-    State: m, 4 bytes per parameter; different on every rank where compressed, equal where dense.
+    State: m, 4 bytes per parameter; different on every rank where compressed, equal where dense, where
+    ``torch.distributed.optim.ZeroRedundancyOptimizer`` around it divides it among the ranks.
 
     Differences from the paper: the gradient enters m with weight 1, which the sign makes the same as
     ``1 - decay`` (second version) and as ``lr`` (public code) while the learning rate is constant. Dense
@@ -65,6 +66,8 @@ class DeMo(CommOptimizer):
         ValueError: a value out of range.
     """
 
+    supports_zero = True
+
     def __init__(
         self,
         params: Parameters,
@@ -79,6 +82,16 @@ class DeMo(CommOptimizer):
         min_ndim: int = 2,
         exclude: Sequence[str] = (),
     ) -> None:
+        self._own = {
+            "decay": decay,
+            "top_k": top_k,
+            "chunk": chunk,
+            "values": values,
+            "sign": sign,
+            "min_numel": min_numel,
+            "min_ndim": min_ndim,
+            "exclude": exclude,
+        }
         compressor = DCTTopK(top_k, chunk, values)
         reducer = OptimizerReducer(
             AllGather(compressor),
@@ -95,6 +108,7 @@ class DeMo(CommOptimizer):
         Raises:
             ValueError: the group sets anything but ``lr`` and ``weight_decay``, or a negative one.
         """
+        param_group = without_own(param_group, self._own)
         check_group(param_group, self.defaults, type(self).__name__)
         super().add_param_group(param_group)
 
@@ -105,8 +119,8 @@ class DeMo(CommOptimizer):
         return in_work_dtype(named, compressed)
 
     def apply(self) -> None:
-        for name, p in self._parameters.items():
-            group, update = self._groups[name], self.arrived(name)
+        for name, group in self._groups.items():
+            p, update = self._parameters[name], self.arrived(name)
             if self.sign:
                 dense = name not in self.reducer.compressed
                 update = (self._momentum(p, update) if dense else update).sign()

@@ -14,7 +14,7 @@ from ..feedback import MomentumCorrection
 from ..policy import Policy
 from ..types import Comm
 from .base import CommOptimizer, OptimizerReducer, Parameters, in_work_dtype
-from .settings import check_group, require_at_least_zero
+from .settings import check_group, require_at_least_zero, without_own
 
 _MOMENTUM, _DECAY = "momentum_buffer", "decay_momentum"
 
@@ -29,7 +29,8 @@ class DGCSGD(CommOptimizer):
     would cut messages that are sent once only; use ``clip_norm``.
 
     State: u and v, 8 bytes per compressed parameter in place of the momentum, and 4 for w if there is weight
-    decay; 4 + 4 per dense one.
+    decay; 4 + 4 per dense one. ``torch.distributed.optim.ZeroRedundancyOptimizer`` around it divides w and the dense ones'
+    momentum among the ranks, if ``start_step`` is 0; u and v are each rank's own.
 
     Differences from the paper: weight decay as above, where it is left open; what is clipped is the whole
     local gradient, as in its section 3.2, biases included.
@@ -80,6 +81,20 @@ class DGCSGD(CommOptimizer):
         start_step: int = 0,
         exclude: Sequence[str] = (),
     ) -> None:
+        self._own = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "density": density,
+            "warmup_steps": warmup_steps,
+            "clip_norm": clip_norm,
+            "masking": masking,
+            "threshold": threshold,
+            "values": values,
+            "min_numel": min_numel,
+            "min_ndim": min_ndim,
+            "start_step": start_step,
+            "exclude": exclude,
+        }
         require_at_least_zero({"clip_norm": clip_norm})
         if density == 1:
             raise ValueError(
@@ -103,6 +118,8 @@ class DGCSGD(CommOptimizer):
         reducer.whole_step = clip_norm > 0
         self.momentum, self.nesterov, self.clip_norm = momentum, nesterov, clip_norm
         self.settings = {"clip_norm": clip_norm}
+        # The momentum of dense steps is known to the parameter's owner alone, and all would have to hand it over.
+        self.supports_zero = start_step == 0
         self._correction = feedback  # which a hierarchy takes out of the reducer
         self._flushed: set[str] = set()  # dense again, in a message with all that was unsent
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, reducer)
@@ -113,6 +130,7 @@ class DGCSGD(CommOptimizer):
         Raises:
             ValueError: the group sets anything but ``lr`` and ``weight_decay``, or a negative one.
         """
+        param_group = without_own(param_group, self._own)
         check_group(param_group, self.defaults, type(self).__name__)
         super().add_param_group(param_group)
 
@@ -132,8 +150,8 @@ class DGCSGD(CommOptimizer):
 
     def apply(self) -> None:
         direct, self._flushed = self.reducer.compressed | self._flushed, set()
-        for name, p in self._parameters.items():
-            group, update = self._groups[name], self.arrived(name)
+        for name, group in self._groups.items():
+            p, update = self._parameters[name], self.arrived(name)
             if name in direct:
                 self._drop(p, _MOMENTUM)  # by now the feedback's
             else:

@@ -33,6 +33,12 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, float], owner: 
     require_at_least_zero({name: group.get(name, value) for name, value in defaults.items()})
 
 
+def without_own(group: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """``group`` without settings that are equal to ``own``, the optimizer's: ZeroRedundancyOptimizer puts all that it was
+    given into its groups."""
+    return {name: value for name, value in group.items() if name not in own or value != own[name]}
+
+
 def require_at_least_zero(settings: Mapping[str, float]) -> None:
     """
     Raises:

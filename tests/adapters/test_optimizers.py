@@ -13,7 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commkit
-from commkit.optim import CommOptimizer, OneBitAdam, OneBitLamb, ZeroOneAdam
+from commkit.optim import DGCSGD, CommOptimizer, DeMo, OneBitAdam, OneBitLamb, ZeroOneAdam
 from tests.adapters import problem
 from tests.harness import run_ranks
 
@@ -138,16 +138,26 @@ def test_unused_parameters(name: str) -> None:
     assert run_ranks(_unused, 2, name) == [(True, True, True)] * 2
 
 
-def _zero(rank: int, world_size: int) -> tuple[bool, int, int]:
+ZERO: dict[str, tuple[type[CommOptimizer], dict[str, Any]]] = {
+    "onebit_adam": (
+        OneBitAdam,
+        {"lr": 1e-2, "freeze_step": 4, "min_numel": 100, "weight_decay": 0.01},
+    ),
+    "dgc": (DGCSGD, {"lr": 0.05, "density": 0.1, "min_numel": 100, "weight_decay": 0.01}),
+    "demo": (DeMo, {"lr": 1e-3, "top_k": 64, "min_numel": 100, "weight_decay": 0.01}),
+}
+
+
+def _zero(rank: int, world_size: int, name: str) -> tuple[bool, int, int]:
     """Optimizer state sharded by ZeRO-1 gives the bits of the whole optimizer."""
-    settings = {"lr": 1e-2, "freeze_step": 4, "min_numel": 100, "weight_decay": 0.01}
+    make, settings = ZERO[name]
     whole = DDP(problem.model(), bucket_cap_mb=0.02)
-    optimizer: Any = OneBitAdam(whole.parameters(), **settings)
+    optimizer: Any = make(whole.parameters(), **settings)
     handle = commkit.attach(whole, optimizer)
     train(whole, optimizer, rank)
     handle.close()
     sharded = DDP(problem.model(), bucket_cap_mb=0.02)
-    zero = ZeroRedundancyOptimizer(sharded.parameters(), OneBitAdam, **settings)
+    zero = ZeroRedundancyOptimizer(sharded.parameters(), make, **settings)
     handle = commkit.attach(sharded, zero)
     train(sharded, zero, rank)
     handle.close()
@@ -156,10 +166,25 @@ def _zero(rank: int, world_size: int) -> tuple[bool, int, int]:
     return same, owned, len(list(sharded.parameters()))
 
 
-def test_zero_redundancy_optimizer() -> None:
-    told = run_ranks(_zero, 2)
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_redundancy_optimizer(name: str) -> None:
+    told = run_ranks(_zero, 2, name)
     assert all(same for same, _, _ in told)
     assert sum(owned for _, owned, _ in told) == told[0][2]  # each has a part of the state only
+
+
+def _not_for_zero(rank: int, world_size: int) -> str:
+    net = DDP(problem.model())
+    settings = {"lr": 0.05, "density": 0.1, "start_step": 2}
+    try:
+        commkit.attach(net, ZeroRedundancyOptimizer(net.parameters(), DGCSGD, **settings))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "accepted"
+
+
+def test_what_only_the_owner_knows_cannot_be_handed_over() -> None:
+    assert all("must hold all" in text for text in run_ranks(_not_for_zero, 2))
 
 
 def _scaled(rank: int, world_size: int, growth: int) -> tuple[bool, float]:

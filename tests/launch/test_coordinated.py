@@ -51,6 +51,7 @@ def words_of(name, out, text, *more, **settings):
 
 def run_all(rank, world_size, runs):
     """One training after another, each with a port of its own, as under a launcher."""
+    dist.barrier()  # some may not have connected yet
     dist.destroy_process_group()
     for port, before, words in runs:
         if rank == 0 and before is not None:  # as if it had been killed after half of its steps
