@@ -26,7 +26,7 @@ from .reducer import Reducer
 from .registry import lookup, names
 from .runtime.codec import Codec
 from .schemes import make_scheme
-from .sharded import Segment, ShardedScheme, gather_into
+from .sharded import PartitionScheme, Segment, ShardedScheme, gather_into
 from .sim import ThreadComm, ThreadNetwork, run_threads
 from .straggler import Share, StragglerScheme
 from .types import SHARED
@@ -45,7 +45,7 @@ _MEASURED_WITH: dict[str, dict[str, Any]] = {
     "single_merge": {"p_gossip": 1.0},  # a round in which there is a meeting
 }
 _PAPER = re.compile(r"\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")
-_WRAPPERS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}
+_WRAPPERS = {"ddp": "DDP", "fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}
 _WORKS_WITH: dict[str, tuple[str, ...]] = {
     "round": ("plain module",),
     "task": ("plain module",),
@@ -66,7 +66,7 @@ class SchemeCard:
         paper: that the docstring cites; empty if none.
         wrappers: what it can be attached to.
         every: what payload_bytes and wire_bytes are sent in, "step", "round", "task" of a worker and its server, or
-            "step of FSDP", which gathers weights twice and scatters gradients; empty if nothing is sent.
+            "step of FSDP", which gathers weights (twice, but for three_level) and scatters gradients; empty if nothing is sent.
         payload_bytes: per step or round and million float32 parameters, mean of two ranks; None if the
             scheme cannot be built without knobs.
         wire_bytes: sent for that.
@@ -151,18 +151,23 @@ class _Cost:
 
 
 def _measure(name: str) -> _Cost:
-    if get_type_hints(lookup("scheme", name))["return"] is NoReturn:
+    returns = get_type_hints(lookup("scheme", name))["return"]
+    if returns is NoReturn:
         return _Cost("")  # a name that says where else to look
     try:
         made = make_scheme(name, _MEASURED_WITH.get(name))
-    except ConfigError:
-        return _Cost()  # a scheme that has to be told its parts
+    except ConfigError:  # a scheme that has to be told its parts
+        return _Cost("step of FSDP" if returns is ShardedScheme else "step")
     if isinstance(made, AsyncScheme):
         return _measure_task(made)
     if isinstance(made, StragglerScheme):
         return _measure_workers(made)
-    if isinstance(made, ShardedScheme):
-        payload, wire = run_threads(partial(_measure_sharded, made), world_size=2)[0]
+    if isinstance(made, ShardedScheme | PartitionScheme):
+        gathers = 2 if isinstance(made, ShardedScheme) else 1
+        if isinstance(made, PartitionScheme):  # between its slowest two ranks
+            axis = made.tiers[-1]
+            made = ShardedScheme(made.weights.get(axis), made.gradients.get(axis))
+        payload, wire = run_threads(partial(_measure_sharded, made, gathers), world_size=2)[0]
         return _Cost("step of FSDP", payload, wire, 0.0)
     measure = _measure_method if isinstance(made, OuterScheme) else _measure_rank
     # Servers hold shards of unequal size: take the mean.
@@ -254,8 +259,8 @@ def _measure_workers(made: StragglerScheme) -> _Cost:
     return _Cost("round", payload, wire, state / SIDE**2)
 
 
-def _measure_sharded(made: ShardedScheme, comm: ThreadComm) -> tuple[int, int]:
-    """Of one parameter: weights gathered for forward and for backward, its gradient scattered."""
+def _measure_sharded(made: ShardedScheme, gathers: int, comm: ThreadComm) -> tuple[int, int]:
+    """Of one parameter: its weights gathered, for forward and for backward or once, its gradient scattered."""
     made = dataclasses.replace(made, local_size=None if made.between is None else 1)
     segments = (Segment("weight", SIDE, SIDE, comm.world_size),)
     shapes = {"weight": torch.Size((SIDE, SIDE))}
@@ -264,7 +269,7 @@ def _measure_sharded(made: ShardedScheme, comm: ThreadComm) -> tuple[int, int]:
     codec, exchange = made.gathering(shapes), made.scattering(shapes, comm)
     assert codec is not None
     assert exchange is not None
-    for _ in range(2):
+    for _ in range(gathers):
         gather_into(out, row, segments, codec, comm, step=0)
     exchange.mean_into(row, torch.randn(out.shape), segments, step=0)
     return comm.bytes.payload_bytes, comm.bytes.wire_bytes

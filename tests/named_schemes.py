@@ -6,7 +6,7 @@ from commkit.optim import OptimizerScheme
 from commkit.outer import AsyncScheme, OuterScheme
 from commkit.registry import names
 from commkit.schemes import make_scheme
-from commkit.sharded import ShardedScheme
+from commkit.sharded import PartitionScheme, ShardedScheme
 from commkit.straggler import StragglerScheme
 
 # Cannot be built by name alone, or at all.
@@ -16,5 +16,7 @@ OPTIMIZERS = sorted(n for n, made in _built.items() if isinstance(made, Optimize
 OUTER = sorted(n for n, made in _built.items() if isinstance(made, OuterScheme))
 ASYNCHRONOUS = sorted(n for n, made in _built.items() if isinstance(made, AsyncScheme))
 COORDINATED = sorted(n for n, made in _built.items() if isinstance(made, StragglerScheme))
-SHARDED = sorted(n for n, made in _built.items() if isinstance(made, ShardedScheme))
+SHARDED = sorted(
+    n for n, made in _built.items() if isinstance(made, ShardedScheme | PartitionScheme)
+)
 REDUCERS = sorted(set(_built) - {*OPTIMIZERS, *OUTER, *ASYNCHRONOUS, *COORDINATED, *SHARDED})

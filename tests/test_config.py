@@ -15,7 +15,7 @@ from commkit.outer import AsyncScheme, OuterScheme
 from commkit.reducer import Reducer
 from commkit.registry import names
 from commkit.schemes import make_reducer, make_scheme
-from commkit.sharded import ShardedScheme
+from commkit.sharded import PartitionScheme, ShardedScheme
 from commkit.straggler import StragglerScheme
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -204,7 +204,15 @@ def test_every_scheme_has_a_recipe_of_its_name(name: str) -> None:
     block = load_yaml(CONFIGS / f"{name}.yaml")["scheme"]
     assert block["name"] == name
     made = make_scheme(CONFIGS / f"{name}.yaml")
-    kinds = Reducer | OptimizerScheme | OuterScheme | AsyncScheme | StragglerScheme | ShardedScheme
+    kinds = (
+        Reducer
+        | OptimizerScheme
+        | OuterScheme
+        | AsyncScheme
+        | StragglerScheme
+        | ShardedScheme
+        | PartitionScheme
+    )
     assert isinstance(made, kinds)
 
 

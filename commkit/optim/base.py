@@ -77,7 +77,7 @@ class CommOptimizer(Optimizer):
                     f"a parameter of shape {tuple(p.shape)} is in the optimizer but not in the "
                     "model; build the optimizer from the model that is attached"
                 )
-        if len(groups) < len(parameters) and not self.supports_zero:
+        if len(groups) < len(parameters) and not (self.supports_zero and comm.world_size > 1):
             missing = min(set(parameters) - set(groups))
             raise ValueError(
                 f"parameter {missing!r} of the model is not in the optimizer, and "
@@ -134,7 +134,21 @@ class CommOptimizer(Optimizer):
         """Restore what :meth:`rank_state` gave."""
 
     def set_up(self) -> None:
-        """What takes all ranks together, once, after they agreed to attach."""
+        """What takes all ranks together, once, after they agreed to attach.
+
+        Raises:
+            ValueError: on every rank, a parameter is in no rank's optimizer.
+        """
+        if self.supports_zero:
+            assert self.comm is not None
+            held = {
+                name for each in self.comm.all_gather_object(list(self._groups)) for name in each
+            }
+            missing = set(self._parameters) - held
+            if missing:
+                raise ValueError(
+                    f"parameter {min(missing)!r} is in no rank's optimizer; add it, or freeze it"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

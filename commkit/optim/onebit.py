@@ -116,16 +116,12 @@ class OneBitOptimizer(CommOptimizer):
         self.reducer.forget([name for name in names if self._coordinates.drop(name)])
 
     def set_up(self) -> None:
+        super().set_up()
         assert self.comm is not None
         own = {name: group["betas"][0] for name, group in self._groups.items()}
         everyone = self.comm.all_gather_object(own)
         self._sharded = any(len(each) < len(self._parameters) for each in everyone)
         self._beta1 = {name: beta1 for each in everyone for name, beta1 in each.items()}
-        missing = set(self._parameters) - set(self._beta1)
-        if missing:
-            raise ValueError(
-                f"parameter {min(missing)!r} is in no rank's optimizer; add it, or freeze it"
-            )
 
     @torch.no_grad()
     def outgoing(
