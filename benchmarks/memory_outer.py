@@ -95,12 +95,12 @@ def _rounds(
             _settle(device)
             _reset_peak(device)
         with torch.no_grad():
-            net(token)  # EDiT synchronises in the forward pass
+            net(token, token)  # EDiT synchronises in the forward pass
             for p in net.parameters():
                 p.grad = torch.full_like(p, 1e-3)
         optimizer.step()
     with torch.no_grad():
-        net(token)
+        net(token, token)
     optimizer.zero_grad()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
     _settle(device)
