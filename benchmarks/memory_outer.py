@@ -67,7 +67,7 @@ def _one(
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
     size = sum(p.numel() for p in net.parameters())
     knobs, claim = CLAIMS[name]
-    options = {"offload": offload, "final_sync": False}
+    options = {"offload": offload, "final_sync": name == "single_merge"}  # which is that merge
     block = {"name": name.split(",")[0], "sync_every": EVERY, "options": options, **knobs}
     scheme = make_scheme(block)
     assert isinstance(scheme, OuterScheme)
