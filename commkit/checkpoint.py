@@ -199,7 +199,7 @@ def _dealt_anew(
         _merged(directory, metadata, [r for r, place in enumerate(places) if place.shard == shard])
         for shard in range(places[0].shards)
     ]
-    return reducer.merged(per_shard, places[0])
+    return reducer.merged(per_shard)
 
 
 def _places(directory: Path, metadata: Metadata, saved_by: int) -> list[Place]:

@@ -277,16 +277,10 @@ class Trainer:
             replicated["method"] = self.local_updates
         if self.sharded is not None:
             replicated["method"] = self.sharded.method
-            return {
-                "replicated": replicated,
-                "per_rank": per_rank,
-                "reducer": self.sharded.reducer,
-                "comm": self.sharded.comm,
-            }
         return {
             "replicated": replicated,
             "per_rank": per_rank,
-            "reducer": self.handle.reducer,
+            "reducer": (self.handle if self.sharded is None else self.sharded).reducer,
             "comm": self.comm,
         }
 

@@ -23,12 +23,12 @@ from ..runtime.agreement import (
     wrapped_in_ddp,
 )
 from ..runtime.meter import StepMeter
-from ..types import StateDict
 from .agreement import agree_to_attach
+from .kept import KeepsState
 from .loss_scale import write_back
 
 
-class StepHandle:
+class StepHandle(KeepsState[Reducer]):
     """An attachment to an optimizer's step. Attributes and methods are those of
     :class:`~commkit.Handle`."""
 
@@ -52,16 +52,6 @@ class StepHandle:
     @property
     def last_step(self) -> StepStats:
         return dataclasses.replace(self._last_step, residual_norm=self.reducer.residual_norm)
-
-    @property
-    def failure(self) -> Exception | None:
-        return None
-
-    def state_dict(self) -> StateDict:
-        return self.reducer.state_dict()
-
-    def load_state_dict(self, state: StateDict) -> None:
-        self.reducer.load_state_dict(state)
 
     def close(self) -> None:
         """Steps reduce nothing from now on."""

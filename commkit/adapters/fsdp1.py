@@ -22,8 +22,8 @@ from ..runtime.backward import EndOfBackward
 from ..runtime.meter import StepMeter
 from ..schemes import ddp
 from ..sharded import Exchange, Segment, ShardedScheme
-from ..types import StateDict
-from .loss_scale import GradScaler
+from .kept import KeepsState
+from .loss_scale import GradScaler, write_back
 
 _SHARDED = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
 _FLAT = "flat_param"
@@ -31,7 +31,7 @@ _ANY_MATRIX = torch.Size((2**30, 2**30))  # so that no policy leaves it out
 _CALLS = 100_003  # more than there are reductions in a step, so that each has a number of its own
 
 
-class FSDP1Handle:
+class FSDP1Handle(KeepsState[Reducer]):
     """An attachment to a FullyShardedDataParallel model.
 
     FSDP1 hands over one flat gradient for each of its units and does not say which unit it is, so there is no state, and no
@@ -48,19 +48,8 @@ class FSDP1Handle:
         self.last_step = StepStats()
         self._exchange = exchange
         self._meter = StepMeter(comm)
-        self._calls, self._dense_bytes, self._seconds = 0, 0, 0.0
+        self._calls = self._dense_bytes = 0
         self._end = EndOfBackward(self._finish)
-
-    @property
-    def failure(self) -> Exception | None:
-        return None
-
-    def state_dict(self) -> StateDict:
-        """Nothing is kept but the number of steps."""
-        return self.reducer.state_dict()
-
-    def load_state_dict(self, state: StateDict) -> None:
-        self.reducer.load_state_dict(state)
 
     def close(self) -> None:
         """Nothing to stop; FSDP cannot forget a hook."""
@@ -73,9 +62,8 @@ class FSDP1Handle:
         # Tells this backward pass's reductions apart, for rounding alone.
         key = f"{_FLAT}.{self._calls}"
         if output is None:
-            result = self.reducer.reduce({key: flat}, self.comm)[key]
-            if result.data_ptr() != flat.data_ptr():
-                flat.copy_(result)
+            named = {key: flat}
+            write_back(self.reducer.reduce(named, self.comm), named, 1.0)
         else:
             assert self._exchange is not None
             rows = flat.view(self.comm.world_size, -1)
@@ -84,9 +72,7 @@ class FSDP1Handle:
                 output, rows, (segment,), self.reducer.step * _CALLS + self._calls
             )
         self._calls += 1
-        seconds = time.perf_counter() - start
-        self._meter.add(seconds)
-        self._seconds += seconds
+        self._meter.add(time.perf_counter() - start)
         self._end.arm()
 
     def _finish(self) -> None:
@@ -95,9 +81,10 @@ class FSDP1Handle:
             dense_bytes=self._dense_bytes,
             num_contributors=self.comm.world_size,
         )
+        measured = self._meter.close(stats, exposed=0.0)
         # FSDP waits for its hook, so nothing is hidden.
-        self.last_step = self._meter.close(stats, exposed=self._seconds)
-        self._calls, self._dense_bytes, self._seconds = 0, 0, 0.0
+        self.last_step = dataclasses.replace(measured, exposed_comm_seconds=measured.reduce_seconds)
+        self._calls = self._dense_bytes = 0
 
 
 def attach_fsdp1(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
@@ -21,22 +21,22 @@ from ..registry import spec
 from ..runtime.agreement import agree, mark_attached, refuse_attached, trainable_parameters
 from ..runtime.alarm import Alarm
 from ..runtime.meter import StepMeter
-from ..runtime.shards import local
 from ..runtime.worker import ReductionWorker
 from ..sharded import Exchange, ShardedScheme, Unit, find_units
 from ..sharded.exchange import OneHopWithFeedback
 from ..sharded.gather import CompressedAllGather, CountedAllGather
 from ..sharded.scatter import CompressedReduceScatter, CountedReduceScatter
+from ..sharded.start import follow_first
 from ..sharded.state import Place, ShardedState
 from ..sharded.steps import PassCounter, StepCounter
-from ..types import Comm, StateDict
+from .kept import KeepsState
 from .loss_scale import GradScaler
 from .replicas import ReplicaReduction
 
 _attachments = 0
 
 
-class ShardedHandle:
+class ShardedHandle(KeepsState[ShardedState]):
     """An attachment to a sharded model.
 
     Attributes:
@@ -68,10 +68,9 @@ class ShardedHandle:
         self._replicas: ReplicaReduction | None = None
         self._worker: ReductionWorker | None = None
         exchange = self._put_on_units()
-        self.reducer = ShardedState(
+        self.reducer = ShardedState.of(
+            units,
             axes.place,
-            {segment.key: segment for unit in units for segment in unit.segments},
-            {name: (p.shape, cut_of(p)) for unit in units for name, p in unit.parameters.items()},
             scheme.reducer,
             exchange.feedback if isinstance(exchange, OneHopWithFeedback) else None,
             self._steps,
@@ -79,7 +78,8 @@ class ShardedHandle:
         )
         if scheme.reducer is not None:
             assert axes.replicas is not None
-            _follow_first_replica(units, DistComm(axes.replicas))
+            weights = (p for unit in units for p in unit.parameters.values())
+            follow_first(weights, DistComm(axes.replicas))
             device = next(iter(units[0].parameters.values())).device
             private = DistComm(new_group_like(axes.replicas, timeout_s), timeout_s)
             beside = DistComm(new_group_like(axes.shards, timeout_s), timeout_s)
@@ -147,13 +147,6 @@ class ShardedHandle:
     @property
     def failure(self) -> Exception | None:
         return None if self._worker is None else self._worker.failure
-
-    def state_dict(self) -> StateDict:
-        """This rank's residuals and whatever else the scheme keeps, by parameter name; of its shards. Call it between steps."""
-        return self.reducer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.reducer.load_state_dict(state)
 
     def close(self) -> None:
         """Stop reducing between replicas. FSDP keeps the gathers and scatters that it was given."""
@@ -311,12 +304,6 @@ def _check(
         )
 
 
-def cut_of(p: nn.Parameter) -> int:
-    """The dimension along which ``p`` is sharded."""
-    assert isinstance(p, DTensor)
-    return next(place.dim for place in p.placements if isinstance(place, Shard))
-
-
 def refuse_other_collectives(units: list[Unit], between_replicas: bool) -> None:
     """
     Raises:
@@ -365,12 +352,3 @@ def _spec(scheme: ShardedScheme) -> dict[str, Any]:
     return {name: spec(part) for name, part in parts.items()} | {
         "reducer": None if reducer is None else reducer.spec()
     }
-
-
-def _follow_first_replica(units: list[Unit], comm: Comm) -> None:
-    """As DDP does: all replicas start from the first one's weights and buffers."""
-    with torch.no_grad():
-        for unit in units:
-            for p in unit.parameters.values():
-                shard = local(p.detach())
-                shard.copy_(comm.broadcast(shard.contiguous(), src=0))

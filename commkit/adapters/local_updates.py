@@ -13,7 +13,7 @@ from ..comm import DistComm
 from ..outer import OuterSync
 from ..runtime.shards import cut_like, local, sharded_like
 from ..sharded import ShardedState, find_units
-from .fsdp2 import axes_of, cut_of
+from .fsdp2 import axes_of
 
 _MOMENTS = ("optimizer", "state")
 
@@ -35,12 +35,7 @@ class ShardedReplicas:
         axes = axes_of(units, mesh)
         self.comm = DistComm(axes.everybody)
         self.method = _MethodState(method)
-        self.reducer = ShardedState(
-            axes.place,
-            {segment.key: segment for unit in units for segment in unit.segments},
-            {name: (p.shape, cut_of(p)) for unit in units for name, p in unit.parameters.items()},
-            method.reducer,
-        )
+        self.reducer = ShardedState.of(units, axes.place, method.reducer)
 
 
 class _MethodState:

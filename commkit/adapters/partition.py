@@ -9,10 +9,10 @@ from ..comm import DistComm
 from ..metrics import StepStats
 from ..runtime.agreement import agree, mark_attached, refuse_attached
 from ..sharded import PartitionedOptimizer, PartitionState
-from ..types import StateDict
+from .kept import KeepsState
 
 
-class PartitionHandle:
+class PartitionHandle(KeepsState[PartitionState]):
     """An attachment to a :class:`~commkit.sharded.PartitionedOptimizer`, which does all by itself: what it measured, and how
     to save it.
 
@@ -34,16 +34,6 @@ class PartitionHandle:
     def last_step(self) -> StepStats:
         """Of the optimizer's last step."""
         return self._optimizer.last_step
-
-    @property
-    def failure(self) -> Exception | None:
-        return None
-
-    def state_dict(self) -> StateDict:
-        return self.reducer.state_dict()
-
-    def load_state_dict(self, state: StateDict) -> None:
-        self.reducer.load_state_dict(state)
 
     def close(self) -> None:
         """Nothing to stop."""

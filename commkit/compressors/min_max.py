@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..registry import register
 from ..types import Compressor, Payload, TensorCtx
-from .unsigned import buckets, pack_unsigned, unpack_unsigned
+from .unsigned import buckets, check_buckets, pack_unsigned, unpack_unsigned
 
 
 @register("compressor", "min_max")
@@ -40,12 +40,7 @@ class MinMax(Compressor):
     rounding: Literal["shift", "stochastic", "nearest"] = "stochastic"
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8):
-            raise ValueError(f"bits={self.bits} must be 2, 4 or 8; use one of them")
-        if self.bucket_size < 4 or self.bucket_size % 4:
-            raise ValueError(
-                f"bucket_size={self.bucket_size} must be a multiple of 4; use for example 1024"
-            )
+        check_buckets(self.bits, self.bucket_size)
         if self.rounding not in ("shift", "stochastic", "nearest"):
             raise ValueError(
                 f"rounding={self.rounding!r} must be 'shift', 'stochastic' or 'nearest'"

@@ -29,6 +29,17 @@ def unpack_unsigned(packed: Tensor, numel: int, bits: int) -> Tensor:
     return torch.stack(parts, dim=1).view(-1)[:numel]
 
 
+def check_buckets(bits: int, bucket_size: int) -> None:
+    """
+    Raises:
+        ValueError: bits or bucket size out of range.
+    """
+    if bits not in (2, 4, 8):
+        raise ValueError(f"bits={bits} must be 2, 4 or 8; use one of them")
+    if bucket_size < 4 or bucket_size % 4:
+        raise ValueError(f"bucket_size={bucket_size} must be a multiple of 4; use for example 1024")
+
+
 def buckets(x: Tensor, size: int) -> Tensor:
     """(n,) -> (ceil(n / size), size). The last one is filled up with its own last element, which leaves its range
     alone."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..comm import DistComm, nbytes
 from ..types import Comm
+from .collective import Collective
 from .layout import Segment, Unit
 from .message import RowCodec
 from .steps import StepCounter
@@ -33,7 +33,7 @@ def gather_into(
         codec.decode_into(out[rank], [message], segments, rank, step)
 
 
-class CountedAllGather:
+class CountedAllGather(Collective):
     """FSDP2's own all-gather of one unit, for ``FSDPModule.set_custom_all_gather``, with its bytes counted.
 
     Args:
@@ -44,14 +44,8 @@ class CountedAllGather:
     """
 
     def __init__(self, comm: DistComm) -> None:
-        self._comm = comm
+        super().__init__(comm)
         self._others: dict[dist.ProcessGroup, DistComm] = {}
-        self.dense_bytes = 0
-
-    def allocate(
-        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,

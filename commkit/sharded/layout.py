@@ -112,7 +112,12 @@ def _managed(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter
     yield from ((f"{dot}{name}", p) for name, p in module.named_parameters(recurse=False))
 
 
-def _segment(key: str, p: nn.Parameter) -> Segment:
+def cut_of(key: str, p: nn.Parameter) -> Shard:
+    """How parameter ``key`` is sharded.
+
+    Raises:
+        ValueError: not along one dimension.
+    """
     assert isinstance(p, DTensor)
     cuts = [place for place in p.placements if isinstance(place, Shard)]
     if len(cuts) != 1:
@@ -120,6 +125,12 @@ def _segment(key: str, p: nn.Parameter) -> Segment:
             f"parameter {key!r} has the placements {p.placements}; commkit needs it sharded along one dimension, "
             "as by fully_shard without tensor parallelism"
         )
-    size = p.device_mesh.size(p.placements.index(cuts[0]))
-    rows = p.shape[cuts[0].dim]
+    return cuts[0]
+
+
+def _segment(key: str, p: nn.Parameter) -> Segment:
+    assert isinstance(p, DTensor)
+    cut = cut_of(key, p)
+    size = p.device_mesh.size(p.placements.index(cut))
+    rows = p.shape[cut.dim]
     return Segment(key, rows, p.numel() // max(rows, 1), size)

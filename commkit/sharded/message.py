@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ..aggregators.message import decode, encode, flag_of, size_of
+from ..compressors import NoCompression
 from ..policy import Policy
 from ..types import Compressor, Payload, TensorCtx
 from .layout import Segment, padded, pieces
+
+_DENSE = NoCompression()
 
 
 @dataclass(slots=True)
@@ -90,7 +93,7 @@ class RowCodec:
             if not x.numel():
                 continue
             if not self._compresses(segments[i], ctx):
-                x.copy_(_mean([payload[0] for payload in payloads], ctx.work_dtype))
+                x.copy_(_DENSE.combine(payloads, ctx))
             elif x.dtype == ctx.work_dtype:
                 self.compressor.combine_into(x, payloads, ctx)
             else:
@@ -120,14 +123,6 @@ class RowCodec:
             ctx.key, self.shapes[segment.key], ctx.dtype, ctx.device, ctx.step, ctx.seed
         )
         return ctx.numel > 0 and self.policy.compresses(whole)
-
-
-def _mean(xs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """In rank order, each share divided first: the sum may not exist where the mean does."""
-    total = xs[0].to(dtype, copy=True).div_(len(xs))
-    for x in xs[1:]:
-        total.add_(x.to(dtype).div(len(xs)))
-    return total
 
 
 def _shells(payload: Payload) -> Payload:

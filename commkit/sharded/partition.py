@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,17 +16,19 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from ..clipping import clip_coefficient, mean_norm, require_norm
-from ..comm import DistComm
+from ..comm import DistComm, nbytes
 from ..compressors import NoCompression
 from ..metrics import StepStats
 from ..policy import Policy
 from ..registry import spec
+from ..runtime.meter import StepMeter
 from ..runtime.shards import local
 from ..types import SHARD, WHOLE, Compressor, StateDict, section
 from .exchange import OneHop
 from .gather import gather_into
 from .layout import Segment, padded, pieces
 from .message import RowCodec
+from .start import follow_first
 
 _STATE, LAYOUT = "optimizer", "layout"
 NamedGroups: TypeAlias = "Iterable[tuple[str, nn.Parameter]] | Iterable[dict[str, Any]]"
@@ -148,9 +151,11 @@ class PartitionedOptimizer(Optimizer):
         self._starts = {name: _start_of(name, p) for name, p in self._named.items()}
         shapes = {name: p.shape for name, p in self._named.items()}
         self._tiers: list[_Tier] = []
+        self._sent = DistComm(mesh.get_group(scheme.tiers[0]))  # counts for all tiers
         left = {name: local(p.detach()).numel() for name, p in self._named.items()}
         for axis in scheme.tiers:
-            comm = DistComm(mesh.get_group(axis))
+            ranks = mesh.get_group(axis)
+            comm = self._sent.joined(ranks, axis)
             cut = tuple(Segment(name, numel, 1, comm.world_size) for name, numel in left.items())
 
             def codec(code: Compressor | None) -> RowCodec:
@@ -158,7 +163,8 @@ class PartitionedOptimizer(Optimizer):
 
             scatter = OneHop(codec(scheme.gradients.get(axis)), comm)
             self._tiers.append(_Tier(axis, comm, cut, scatter, codec(scheme.weights.get(axis))))
-            self._follow_first(comm)
+            weights = (p for group in self.param_groups for p in group["params"])
+            follow_first(weights, DistComm(ranks))  # not counted
             for segment in cut:
                 self._starts[segment.key] += comm.rank * segment.padded
             left = {segment.key: segment.valid(comm.rank) for segment in cut}
@@ -169,7 +175,7 @@ class PartitionedOptimizer(Optimizer):
         self._pieces = {name: nn.Parameter(x) for name, x in self._own_pieces().items()}
         self.inner = optimizer(self._groups_of_pieces(), **settings)
         self.last_step = StepStats()
-        self._at_start = {tier.axis: tier.comm.bytes.wire_bytes for tier in self._tiers}
+        self._meter = StepMeter(self._sent)
 
     def require_parameters_of(self, model: nn.Module) -> None:
         """
@@ -194,10 +200,7 @@ class PartitionedOptimizer(Optimizer):
     @property
     def traffic(self) -> dict[str, int]:
         """Wire bytes that this rank has sent along each axis so far, the first weights not counted."""
-        return {
-            tier.axis: tier.comm.bytes.wire_bytes - self._at_start[tier.axis]
-            for tier in self._tiers
-        }
+        return {tier.axis: self._sent.bytes.labelled(tier.axis) for tier in self._tiers}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -207,7 +210,6 @@ class PartitionedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         start = time.perf_counter()
-        before = [tier.comm.bytes.copy() for tier in self._tiers]
         for piece, gradient in zip(self._pieces.values(), self._scattered(), strict=True):
             piece.grad = gradient.to(piece.dtype)
         self._clip()
@@ -215,30 +217,20 @@ class PartitionedOptimizer(Optimizer):
             inner["lr"] = group["lr"]
         self.inner.step()
         self._gathered()
-        after = [tier.comm.bytes for tier in self._tiers]
-        seconds = time.perf_counter() - start
-
-        def total(what: str) -> Any:
-            return sum(
-                getattr(a, what) - getattr(b, what) for a, b in zip(after, before, strict=True)
-            )
-
-        self.last_step = StepStats(
+        self._meter.add(time.perf_counter() - start)
+        stats = StepStats(
             step=self._steps,
-            dense_bytes=sum(nbytes_of(p) for p in self._named.values()),
-            payload_bytes=total("payload_bytes"),
-            wire_bytes=total("wire_bytes"),
-            rounds=total("rounds"),
-            comm_seconds=total("seconds"),
-            reduce_seconds=seconds,
-            exposed_comm_seconds=total("seconds"),
+            dense_bytes=sum(nbytes(local(p.detach())) for p in self._named.values()),
             num_contributors=self._world_size,
         )
+        measured = self._meter.close(stats, exposed=0.0)
+        # Nothing goes on beside the collectives.
+        self.last_step = dataclasses.replace(measured, exposed_comm_seconds=measured.comm_seconds)
         self._steps += 1
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups and counters, equal on all ranks; the pieces' state is in :meth:`pieces_state_dict`."""
+        """Groups and counters, equal on all ranks; that of the pieces is :class:`PartitionState`'s."""
         return {
             "param_groups": [
                 {k: v for k, v in g.items() if k != "params"} for g in self.param_groups
@@ -253,12 +245,6 @@ class PartitionedOptimizer(Optimizer):
         # The weights were loaded by then: they are what pieces are cut from.
         for name, x in self._own_pieces().items():
             self._pieces[name].data.copy_(x)
-
-    def _follow_first(self, comm: DistComm) -> None:
-        """All start from the first rank's weights, as with DDP; frozen ones too."""
-        for p in (p for group in self.param_groups for p in group["params"]):
-            weights = local(p.detach())
-            weights.copy_(comm.broadcast(weights.contiguous(), src=0))
 
     def _groups_of_pieces(self) -> list[dict[str, Any]]:
         kept = ("params", "param_names")
@@ -405,12 +391,6 @@ def _names_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, nn.Parameter]:
             )
         named |= dict(zip(group["param_names"], group["params"], strict=True))
     return {name: p for name, p in named.items() if p.requires_grad}
-
-
-def nbytes_of(p: Tensor) -> int:
-    """Bytes of this rank's shard of ``p``."""
-    x = local(p.detach())
-    return x.numel() * x.element_size()
 
 
 def _flat_gradient(p: nn.Parameter) -> Tensor:

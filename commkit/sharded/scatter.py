@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..comm import DistComm, nbytes
+from .collective import Collective
 from .exchange import Exchange
 from .layout import Unit
 from .steps import PassCounter
@@ -17,7 +15,7 @@ from .usage import Usage
 _OPS = {"AVG": True, "SUM": False}
 
 
-class CountedReduceScatter:
+class CountedReduceScatter(Collective):
     """FSDP2's own reduce-scatter of one unit, for ``FSDPModule.set_custom_reduce_scatter``, with its bytes counted.
 
     Args:
@@ -29,14 +27,8 @@ class CountedReduceScatter:
     """
 
     def __init__(self, comm: DistComm, passes: PassCounter) -> None:
-        self._comm = comm
+        super().__init__(comm)
         self._passes = passes
-        self.dense_bytes = 0
-
-    def allocate(
-        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,

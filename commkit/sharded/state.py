@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..feedback import ErrorFeedback
 from ..reducer import Reducer
 from ..types import RANK, WHOLE, StateDict, parameter_of
-from .layout import Segment
+from .layout import Segment, Unit, cut_of
 from .steps import PassCounter, StepCounter
 
 PLACE, _COUNTS = "place", "counts"
@@ -51,14 +52,29 @@ class ShardedState:
     steps: StepCounter = field(default_factory=StepCounter)
     passes: PassCounter = field(default_factory=PassCounter)
 
+    @classmethod
+    def of(
+        cls,
+        units: Sequence[Unit],
+        place: Place,
+        reducer: Reducer | None,
+        feedback: ErrorFeedback | None = None,
+        steps: StepCounter | None = None,
+        passes: PassCounter | None = None,
+    ) -> ShardedState:
+        """That of a model with ``units``."""
+        segments = {segment.key: segment for unit in units for segment in unit.segments}
+        shapes = {n: (p.shape, cut_of(n, p).dim) for u in units for n, p in u.parameters.items()}
+        counts = steps or StepCounter(), passes or PassCounter()
+        return cls(place, segments, shapes, reducer, feedback, *counts)
+
     def state_dict(self) -> StateDict:
         """Plain tensors by key, this rank's own."""
         state = {} if self.reducer is None else self.reducer.state_dict()
         if self.feedback is not None:
             state |= {f"{_UNSHARDED}{key}": x for key, x in self.feedback.state_dict().items()}
         state[_COUNTS] = torch.tensor([self.steps.count, self.passes.count])
-        p = self.place
-        return state | {PLACE: torch.tensor([p.replica, p.shard, p.replicas, p.shards])}
+        return state | {PLACE: torch.tensor(astuple(self.place))}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace all state by ``state``, saved by this rank on a mesh like this one, or :meth:`merged`.
@@ -66,7 +82,7 @@ class ShardedState:
         Raises:
             ValueError: saved at another place.
         """
-        place = Place(*state[PLACE].tolist())
+        place = place_of(state)
         if place != self.place:
             raise ValueError(
                 f"state of {place} was given to {self.place}; residuals belong to a place: load it with "
@@ -87,14 +103,13 @@ class ShardedState:
     def residual_norm(self) -> float:
         """2-norm of what this rank has left unsent."""
         unsharded = 0.0 if self.feedback is None else self.feedback.norm()
-        return unsharded + (0.0 if self.reducer is None else self.reducer.residual_norm)
+        return math.hypot(unsharded, 0.0 if self.reducer is None else self.reducer.residual_norm)
 
-    def merged(self, per_shard: Sequence[StateDict], saved: Place) -> StateDict:
+    def merged(self, per_shard: Sequence[StateDict]) -> StateDict:
         """This rank's state, made of what the shards of another mesh held.
 
         Args:
             per_shard: for each old shard, the merged state of its replicas (:func:`commkit.checkpoint.merge`).
-            saved: any place of the old mesh.
         """
         state: StateDict = {}
         for key in dict.fromkeys(k for each in per_shard for k in each if k != PLACE):
@@ -105,12 +120,11 @@ class ShardedState:
                 present = [x for x in values if x is not None]
                 mean = torch.stack(present).sum(0) / len(per_shard)
                 state[key] = self._rechunk(mean, name)
-            elif self._is_cut(key) and self._are_shards(values, name, saved.shards):
-                state[key] = self._recut(values, name, saved.shards)
+            elif self._is_cut(key) and self._are_shards(values, name, len(per_shard)):
+                state[key] = self._recut(values, name, len(per_shard))
             else:  # equal in all, or as good from any: a counter, a warm start
                 state[key] = next(x for x in values if x is not None)
-        p = self.place
-        return state | {PLACE: torch.tensor([p.replica, p.shard, p.replicas, p.shards])}
+        return state | {PLACE: torch.tensor(astuple(self.place))}
 
     def _is_cut(self, key: str) -> bool:
         return parameter_of(key) in self.segments and (

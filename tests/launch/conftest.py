@@ -27,6 +27,20 @@ TINY = {
 }
 
 
+def as_launched(rank: int, world_size: int, port: int) -> None:
+    """Give this process the environment of a rank under a launcher, whose store is at ``port``."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
+    )
+
+
 class Launcher:
     """Starts training programs and makes sure that none outlives the test."""
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from launch.tasks import TextTask
 from launch.train import Arguments, SetupError, main, prepare, role_of
 from launch.world import World
 from tests.harness import run_ranks
-from tests.launch.conftest import ROOT, TINY
+from tests.launch.conftest import ROOT, TINY, as_launched
 
 CONFIG = ROOT / "configs" / "async_local_sgd.yaml"
 QUICK = {"scheme.sync_every": "4", "scheme.min_steps": "2", "scheme.grace_s": "0.0"}
@@ -39,16 +38,7 @@ def run_all(rank, world_size, runs):
         if rank == 0 and "--resume" in words:  # as if it had been killed after step 8
             last = shutil.ignore_patterns("step_000012", ".lock")
             shutil.copytree(words[0], words[2], ignore=last)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
-            TORCHELASTIC_RESTART_COUNT="0",
-        )
+        as_launched(rank, world_size, port)
         main(words[1:])
 
 

@@ -16,7 +16,7 @@ from launch.rundir import METRIC_KEYS, read_records
 from launch.train import Arguments, SetupError, main, prepare, role_of
 from launch.world import World
 from tests.harness import run_ranks
-from tests.launch.conftest import ROOT, TINY
+from tests.launch.conftest import ROOT, TINY, as_launched
 from tests.mpi import find_mpirun, needs_mpi
 
 RANKS, STEPS = 5, 16
@@ -57,16 +57,7 @@ def run_all(rank, world_size, runs):
         if rank == 0 and before is not None:  # as if it had been killed after half of its steps
             source, target = before
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("step_000016", ".lock"))
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
-            TORCHELASTIC_RESTART_COUNT="0",
-        )
+        as_launched(rank, world_size, port)
         main(words)
 
 

@@ -1,7 +1,6 @@
 """Recipes for sharded models, and ``fsdp.shards`` for any other: trained, saved, and gone on with, on the same ranks and
 on others."""
 
-import os
 import shutil
 
 import pytest
@@ -11,7 +10,7 @@ from torch.distributed import TCPStore
 from launch.rundir import METRIC_KEYS, read_records
 from launch.train import Arguments, SetupError, main, prepare, set_up
 from tests.harness import run_ranks
-from tests.launch.conftest import ROOT, TINY
+from tests.launch.conftest import ROOT, TINY, as_launched
 
 pytestmark = pytest.mark.timeout(400)
 STEPS, HALF = 8, 4
@@ -45,16 +44,7 @@ def run(rank, world_size, port, words):
     """A training as under a launcher. In processes of its own: torch keeps meshes of groups that are gone."""
     dist.barrier()  # some may not have connected yet
     dist.destroy_process_group()
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-    )
+    as_launched(rank, world_size, port)
     main(words)
 
 
