@@ -1,27 +1,36 @@
 """Workers of speeds 1, 1, 2 and 4: wall clock to a loss, asynchronous local SGD over synchronous DiLoCo.
 
-Four workers train a small network on what a teacher says; sleeps after each step make them unequal. The target is the
-loss that DiLoCo, which waits for the slowest, ends with; times count from the first step and are ratios to DiLoCo's
-in the same round, all arms run by turns. Ranks are processes, the server is one more that hardly computes. "same H"
-gives the fastest worker DiLoCo's H and so sends more often; "same round" gives it 4 H, so that tasks last as long as
-DiLoCo's rounds.
+Emulated hosts, one rank each. Four workers train a small network on what a teacher says; sleeps after each step make
+them unequal. The target is the loss that DiLoCo, which waits for the slowest, ends with; times count from the first step
+and are ratios to DiLoCo's in the same round, all arms run by turns. The server is one more host that hardly computes.
+"same H" gives the fastest worker DiLoCo's H and so sends more often; "same round" gives it 4 H, so that tasks last as
+long as DiLoCo's rounds.
 
 Outer momentum was chosen for both sides out of 0, 0.3, 0.6 and 0.9 on seed 0, which is not among those measured: 0.9
 for DiLoCo, 0.6 for delayed Nesterov. Staleness is a delay in the loop of the momentum, and this small problem moves far
 in a round; what 0.9 does there is an arm of its own.
+
+    python benchmarks/async_vs_diloco.py [--link 50mbit|none] [--seeds 3] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from harness import run_ranks
+import torch.distributed as dist
+from harness import ROOT
 from report import Result, Target, main
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +39,7 @@ from commkit.outer import DiLoCo, SyncOptions
 from commkit.outer.async_local_sgd import AsyncOptions, AsyncServer, AsyncWorker, PushRecord
 from commkit.outer.delayed_nesterov import DelayedNesterov, PushRule, StaleNesterov
 
+DILOCO = "DiLoCo"
 SPEEDS = (1, 1, 2, 4)
 SLOWEST_STEP_S = 0.04
 H, LR, INPUTS, OUTPUTS, ROWS = 32, 0.003, 32, 10, 32
@@ -152,38 +162,51 @@ def asynchronous(
     )
 
 
-def run(function: Any, world_size: int, *args: Any) -> Curve:
-    outcomes = run_ranks(
-        function,
-        *args,
-        deadline_s=300.0,
-        world_size=world_size,
-        preload=["torch", "torch.distributed", "commkit"],
-    )
-    for rank, outcome in enumerate(outcomes):
-        if outcome.status != "finished":
-            raise RuntimeError(f"rank {rank} {outcome.status}: {outcome.detail}")
-    curve: Curve = outcomes[0].value
-    return curve
+def rank(arm: str, seed: int, rounds: int, out: Path) -> None:
+    """One rank of a lab; the first writes the curve to ``out``."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if arm == DILOCO:
+        curve: Curve | None = synchronous(dist.get_rank(), dist.get_world_size(), seed, rounds)
+    else:
+        steps = 2 * len(SPEEDS) * rounds * H
+        curve = asynchronous(dist.get_rank(), dist.get_world_size(), seed, steps, ARMS[arm])
+    if dist.get_rank() == 0 and curve is not None:
+        out.write_text(json.dumps(dataclasses.asdict(curve)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(arm: str, seed: int, rounds: int, link: str) -> Curve:
+    """An arm on hosts of its own: as many as workers, and one more if there is a server."""
+    from launch.netlab import Lab
+
+    nodes = len(SPEEDS) + (arm != DILOCO)
+    with tempfile.TemporaryDirectory() as folder, Lab(nodes=nodes, link=link) as lab:
+        out = Path(folder, "curve")
+        words = ["--rank-of", arm, "--seed", str(seed), "--rounds", str(rounds), "--out", str(out)]
+        environment = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        lab.torchrun(Path(__file__), words, deadline_s=300, env=environment)
+        return Curve(**json.loads(out.read_text()))
 
 
 def measure(options: argparse.Namespace) -> Result:
     rounds, seeds = (2, 1) if options.quick else (12, options.seeds)
-    workers = len(SPEEDS)
-    ratios: dict[str, list[float]] = {"DiLoCo": [1.0], **{arm: [] for arm in ARMS}}
-    curves: dict[str, list[Curve]] = {"DiLoCo": [], **{arm: [] for arm in ARMS}}
+    ratios: dict[str, list[float]] = {DILOCO: [1.0], **{arm: [] for arm in ARMS}}
+    curves: dict[str, list[Curve]] = {DILOCO: [], **{arm: [] for arm in ARMS}}
     for seed in range(1, seeds + 1):
-        reference = run(synchronous, workers, seed, rounds)
+        reference = run(DILOCO, seed, rounds, options.link)
         target = reference.losses[-1]
         reference_seconds = reference.reaches(target)
-        curves["DiLoCo"].append(reference)
-        for arm, settings in ARMS.items():
-            curve = run(asynchronous, workers + 1, seed, 2 * workers * rounds * H, settings)
+        curves[DILOCO].append(reference)
+        for arm in ARMS:
+            curve = run(arm, seed, rounds, options.link)
             curves[arm].append(curve)
             ratios[arm].append(curve.reaches(target) / reference_seconds)
     result = Result(
         "async_vs_diloco",
         {
+            "link": options.link,
             "speeds": list(SPEEDS),
             "slowest_step_s": SLOWEST_STEP_S,
             "sync_every": H,
@@ -218,14 +241,21 @@ def _figure(ratio: float) -> float | str:
 
 
 def _per_round(name: str) -> int:
-    return 1 if name == "DiLoCo" else len(SPEEDS)
+    return 1 if name == DILOCO else len(SPEEDS)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--link", default="50mbit", help="of every host; none is loopback")
+    parser.add_argument("--seeds", type=int, default=3, help="rounds of all arms")
+    for name, kind in (("--rank-of", str), ("--seed", int), ("--rounds", int), ("--out", Path)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
 
 
 if __name__ == "__main__":
-    main(
-        __doc__,
-        measure,
-        lambda parser: parser.add_argument(
-            "--seeds", type=int, default=3, help="rounds of all arms"
-        ),
-    )
+    if "RANK" in os.environ:
+        parser = argparse.ArgumentParser()
+        add_options(parser)
+        given = parser.parse_args()
+        rank(given.rank_of, given.seed, given.rounds, given.out)
+    else:
+        main(__doc__, measure, add_options)
