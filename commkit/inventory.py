@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from .config import ConfigError
+from .cost.run import MEASURED_WITH, STEPS, run_rounds, run_sharded, run_steps
 from .ops import OPS, native
 from .optim import OptimizerScheme
 from .outer import AsyncScheme, OuterScheme
@@ -26,24 +27,12 @@ from .reducer import Reducer
 from .registry import lookup, names
 from .runtime.codec import Codec
 from .schemes import make_scheme
-from .sharded import PartitionScheme, Segment, ShardedScheme, gather_into
+from .sharded import PartitionScheme, ShardedScheme
 from .sim import ThreadComm, ThreadNetwork, run_threads
 from .straggler import Share, StragglerScheme
-from .types import SHARED
 from .version import __version__
 
 SIDE = 1000  # the tensor that schemes are measured on has SIDE x SIDE elements: a million
-_STEPS = 2  # the second finds all state in place
-# Settings under which the second step is one of the compressed stage.
-_MEASURED_WITH: dict[str, dict[str, Any]] = {
-    "onebit_adam": {"freeze_step": 1},
-    "onebit_lamb": {"freeze_step": 1},
-    "zero_one_adam": {"var_freeze_step": 1},
-    "a_edit": {"sync_seconds": 1e-9, "min_total_steps": 1},
-    "monna": {"num_faulty": 0},  # two ranks cannot stand any
-    "post_local_sgd": {"switch_step": 0},
-    "single_merge": {"p_gossip": 1.0},  # a round in which there is a meeting
-}
 _PAPER = re.compile(r"\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")
 _WRAPPERS = {"ddp": "DDP", "fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}
 _WORKS_WITH: dict[str, tuple[str, ...]] = {
@@ -155,7 +144,7 @@ def _measure(name: str) -> _Cost:
     if returns is NoReturn:
         return _Cost("")  # a name that says where else to look
     try:
-        made = make_scheme(name, _MEASURED_WITH.get(name))
+        made = make_scheme(name, MEASURED_WITH.get(name))
     except ConfigError:  # a scheme that has to be told its parts
         return _Cost("step of FSDP" if returns is ShardedScheme else "step")
     if isinstance(made, AsyncScheme):
@@ -187,7 +176,7 @@ def _measure_task(scheme: AsyncScheme) -> _Cost:
     )
     feedback = codec.feedback(None)
     rule.bind(weights, num_workers=1)
-    for task in range(_STEPS):
+    for task in range(STEPS):
         delta = {"weight": torch.randn(SIDE, SIDE, generator=generator)}
         push = codec.encode(delta, list(weights), task, 1, feedback)
         feedback.commit(True)
@@ -207,23 +196,10 @@ def _measure_method(name: str, comm: ThreadComm) -> tuple[int, int, float]:
     """Of a method with local updates: what a round of the whole model sends."""
     side = SIDE // 2  # a million parameters in layers, which some methods cut the model into
     model = torch.nn.Sequential(*(torch.nn.Linear(side, side, bias=False) for _ in range(4)))
-    made = make_scheme(name, _MEASURED_WITH.get(name))
+    made = make_scheme(name, MEASURED_WITH.get(name))
     assert isinstance(made, OuterScheme)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(comm.rank)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator)
-    with made(model, optimizer, comm) as outer:
-        for _ in range(_STEPS):
-            outer.state_dict()  # waits for what is in flight
-            before = (comm.bytes.payload_bytes, comm.bytes.wire_bytes)
-            for _ in range(outer.sync_every):
-                # Some methods evaluate a batch again.
-                optimizer.step(lambda: 0.0)
-        outer.state_dict()
-        sent = (comm.bytes.payload_bytes - before[0], comm.bytes.wire_bytes - before[1])
-        state = sum(x.numel() * x.element_size() for x in outer.kept_tensors())
-    return *sent, state / SIDE**2
+    ran = run_rounds(made, model, comm)
+    return ran.payload_bytes, ran.wire_bytes, ran.state_bytes / SIDE**2
 
 
 def _measure_workers(made: StragglerScheme) -> _Cost:
@@ -262,47 +238,16 @@ def _measure_workers(made: StragglerScheme) -> _Cost:
 def _measure_sharded(made: ShardedScheme, gathers: int, comm: ThreadComm) -> tuple[int, int]:
     """Of one parameter: its weights gathered, for forward and for backward or once, its gradient scattered."""
     made = dataclasses.replace(made, local_size=None if made.between is None else 1)
-    segments = (Segment("weight", SIDE, SIDE, comm.world_size),)
-    shapes = {"weight": torch.Size((SIDE, SIDE))}
-    row = torch.randn(SIDE * SIDE // comm.world_size)
-    out = row.new_empty(comm.world_size, row.numel())
-    codec, exchange = made.gathering(shapes), made.scattering(shapes, comm)
-    assert codec is not None
-    assert exchange is not None
-    for _ in range(gathers):
-        gather_into(out, row, segments, codec, comm, step=0)
-    exchange.mean_into(row, torch.randn(out.shape), segments, step=0)
-    return comm.bytes.payload_bytes, comm.bytes.wire_bytes
+    ran = run_sharded(made, SIDE, gathers, comm)
+    return ran.payload_bytes, ran.wire_bytes
 
 
 def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float]:
-    weight = torch.nn.Parameter(torch.zeros(SIDE, SIDE))
-    made = make_scheme(name, _MEASURED_WITH.get(name))
-    assert not isinstance(made, OuterScheme | StragglerScheme | ShardedScheme)
-    optimizer = made([weight], lr=1e-3) if isinstance(made, OptimizerScheme) else None
-    reducer = optimizer.reducer if optimizer is not None else made
-    assert isinstance(reducer, Reducer)
-    if optimizer is not None:
-        optimizer.bind({"weight": weight}, comm)
-        optimizer.set_up()
+    made = make_scheme(name, MEASURED_WITH.get(name))
+    assert isinstance(made, Reducer | OptimizerScheme)
     generator = torch.Generator().manual_seed(comm.rank)
-    for _ in range(_STEPS):
-        before = (comm.bytes.payload_bytes, comm.bytes.wire_bytes)
-        gradient = torch.randn(SIDE, SIDE, generator=generator)
-        weight.grad = reducer.reduce({"weight": gradient}, comm)["weight"]
-        reducer.end_step()
-        if optimizer is not None:
-            optimizer.step()
-    state = sum(
-        x.numel() * x.element_size()
-        for key, x in reducer.state_dict().items()
-        if not key.startswith(f"{SHARED}/")
-    )
-    if optimizer is not None:
-        tensors = (x for x in optimizer.state[weight].values() if isinstance(x, torch.Tensor))
-        state += sum(x.numel() * x.element_size() for x in tensors if x.ndim)
-    payload, wire = comm.bytes.payload_bytes, comm.bytes.wire_bytes
-    return payload - before[0], wire - before[1], state / SIDE**2
+    ran = run_steps(made, {"weight": torch.randn(SIDE, SIDE, generator=generator)}, comm)
+    return ran.payload_bytes, ran.wire_bytes, ran.state_bytes / SIDE**2
 
 
 def _backends() -> dict[str, bool]:

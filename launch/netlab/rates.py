@@ -1,16 +1,12 @@
 """Rates, times and shares as people write them: ``100mbit``, ``20ms``, ``1%``."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-# Decimal units of bits. tc reads "mbps" as megabytes, others as megabits: refused here.
-RATE_UNITS: Mapping[str, float] = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-TIME_UNITS: Mapping[str, float] = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+from commkit.cost.units import RATE_UNITS, TIME_UNITS, read_quantity
+
 NO_LINK = "none"
 LOWEST_RATE = 8_000  # bit/s: a full packet takes 1.5 s
 HIGHEST_RATE = 100_000_000_000  # bit/s
-
-_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z%]*)\s*")
 
 
 def parse_rate(text: str, field: str = "link") -> int:
@@ -19,8 +15,8 @@ def parse_rate(text: str, field: str = "link") -> int:
     Raises:
         ValueError: no number, an unknown unit, or out of 8 kbit/s to 100 Gbit/s.
     """
-    number, unit = _split(
-        text.lower().strip().removesuffix("/s"), field, text, RATE_UNITS, "100mbit"
+    number, unit = read_quantity(
+        text.lower().strip().removesuffix("/s"), field, RATE_UNITS, "100mbit", text
     )
     rate = round(number * RATE_UNITS[unit])
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
@@ -61,7 +57,7 @@ def parse_time(text: str, field: str) -> float:
     Raises:
         ValueError: no number or an unknown unit.
     """
-    number, unit = _split(text.lower(), field, text, TIME_UNITS, "20ms")
+    number, unit = read_quantity(text.lower(), field, TIME_UNITS, "20ms", text)
     return number * TIME_UNITS[unit]
 
 
@@ -71,7 +67,7 @@ def parse_share(text: str, field: str) -> float:
     Raises:
         ValueError: not a percentage from 0 to 100.
     """
-    number, _ = _split(text, field, text, {"%": 0.01}, "1%")
+    number, _ = read_quantity(text, field, {"%": 0.01}, "1%")
     if number > 100:
         raise ValueError(f"{field}: got {text!r}, but a share is at most 100%; lower it")
     return number / 100
@@ -83,15 +79,3 @@ def format_rate(bits_per_second: float) -> str:
         if bits_per_second >= size:
             return f"{bits_per_second / size:.6g}{unit}"
     return f"{bits_per_second:.6g}bit"
-
-
-def _split(
-    text: str, field: str, original: str, units: Mapping[str, float], example: str
-) -> tuple[float, str]:
-    match = _QUANTITY.fullmatch(text)
-    if match is None or match[2] not in units:
-        raise ValueError(
-            f"{field}: got {original!r}, which is not a number and one of the units "
-            f"{', '.join(units)}; write it like {example}"
-        )
-    return float(match[1]), match[2]

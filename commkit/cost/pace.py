@@ -1,0 +1,89 @@
+"""How long a scheme's own arithmetic takes: timed on this machine, per element of a gradient."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..optim import OptimizerScheme
+from ..outer import OuterScheme
+from ..reducer import Reducer
+from ..schemes import make_scheme
+from ..sim.mirror import MirrorComm, gradients_like
+from .run import MEASURED_WITH, run_rounds, run_steps
+
+SIDE, MATRICES = 512, 8  # two million elements: past the caches, as gradients are
+_WORLDS = (2, 8)
+_REPEATS = 3
+_STEPS_OF_ROUND = 24
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds per element of one step or round; linear in the number of ranks, whose payloads are decoded.
+
+    Args:
+        alone: whatever the number of ranks.
+        each: for each rank.
+    """
+
+    alone: float
+    each: float
+
+    def seconds(self, numel: int, world_size: int) -> float:
+        return numel * (self.alone + self.each * world_size)
+
+
+def pace_of(name: str, knobs: Mapping[str, Any] | None = None) -> Pace:
+    """Timed now, with the threads that torch has; the best of a few.
+
+    Args:
+        name: a scheme for gradients or an optimizer that communicates, or one for local updates, of which a
+            round is timed less the steps.
+    """
+    return _timed(name, tuple(sorted((knobs or {}).items())), torch.get_num_threads())
+
+
+@lru_cache(maxsize=256)
+def _timed(name: str, knobs: tuple[tuple[str, Any], ...], threads: int) -> Pace:
+    numel = MATRICES * SIDE * SIDE
+    low, high = (_best(name, {**MEASURED_WITH.get(name, {}), **dict(knobs)}, w) for w in _WORLDS)
+    each = max(high - low, 0.0) / (_WORLDS[1] - _WORLDS[0])
+    return Pace(max(low - each * _WORLDS[0], 0.0) / numel, each / numel)
+
+
+def _best(name: str, knobs: Mapping[str, Any], world_size: int) -> float:
+    made = make_scheme(name, knobs)
+    if isinstance(made, OuterScheme):
+        return min(_round(name, knobs, world_size) for _ in range(_REPEATS - 1))
+    shapes = {str(i): torch.Size((SIDE, SIDE)) for i in range(MATRICES)}
+    gradients = gradients_like(shapes, seed=0)
+    return min(
+        run_steps(_gradient_scheme(name, knobs), gradients, MirrorComm(world_size)).seconds
+        for _ in range(_REPEATS)
+    )
+
+
+def _gradient_scheme(name: str, knobs: Mapping[str, Any]) -> Reducer | OptimizerScheme:
+    made = make_scheme(name, knobs)
+    assert isinstance(made, Reducer | OptimizerScheme)
+    return made
+
+
+def _round(name: str, knobs: Mapping[str, Any], world_size: int) -> float:
+    """Of a round's own arithmetic: less the optimizer's steps."""
+    layers = (torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES))
+    model = torch.nn.Sequential(*layers)
+    made = make_scheme(name, {**knobs, "sync_every": _STEPS_OF_ROUND})
+    assert isinstance(made, OuterScheme)
+    ran = run_rounds(made, model, MirrorComm(world_size))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    start = time.perf_counter()
+    for _ in range(_STEPS_OF_ROUND):
+        optimizer.step()
+    return max(ran.seconds - (time.perf_counter() - start), 0.0)

@@ -1,0 +1,140 @@
+"""Runs a scheme for a few steps or rounds over a given group: what its traffic, state and time are measured of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..optim import OptimizerScheme
+from ..outer import OuterScheme, OuterSync
+from ..reducer import Reducer
+from ..sharded import Segment, ShardedScheme, gather_into
+from ..sim.mirror import Call, MirrorComm
+from ..types import SHARED, Comm
+
+STEPS = 2  # the second finds all state in place
+# Settings under which the second step is one of the compressed stage.
+MEASURED_WITH: Mapping[str, Mapping[str, Any]] = {
+    "onebit_adam": {"freeze_step": 1},
+    "onebit_lamb": {"freeze_step": 1},
+    "zero_one_adam": {"var_freeze_step": 1},
+    "a_edit": {"sync_seconds": 1e-9, "min_total_steps": 1},
+    "monna": {"num_faulty": 0},  # two ranks cannot stand any
+    "post_local_sgd": {"switch_step": 0},
+    "single_merge": {"p_gossip": 1.0},  # a round in which there is a meeting
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The last step or round.
+
+    Args:
+        payload_bytes, wire_bytes: that this rank sent.
+        state_bytes: that it keeps between steps.
+        seconds: that it took, collectives excluded.
+        calls: its collectives, where ``comm`` writes them down.
+    """
+
+    payload_bytes: int
+    wire_bytes: int
+    state_bytes: int
+    seconds: float
+    calls: tuple[Call, ...]
+
+
+def run_steps(
+    made: Reducer | OptimizerScheme, gradients: Mapping[str, Tensor], comm: Comm
+) -> Ran:
+    """Reduce ``gradients``, by parameter name, and step an optimizer that communicates."""
+    weights = {name: nn.Parameter(torch.zeros(g.shape)) for name, g in gradients.items()}
+    optimizer = made(list(weights.values()), lr=1e-3) if isinstance(made, OptimizerScheme) else None
+    reducer = optimizer.reducer if optimizer is not None else made
+    assert isinstance(reducer, Reducer)
+    if optimizer is not None:
+        optimizer.bind(weights, comm)
+        optimizer.set_up()
+    for _ in range(STEPS):
+        mark = _Mark(comm)
+        reduced = reducer.reduce({name: g.clone() for name, g in gradients.items()}, comm)
+        for name, x in reduced.items():
+            weights[name].grad = x
+        reducer.end_step()
+        if optimizer is not None:
+            optimizer.step()
+        ran = mark.ended
+    kept = [x for key, x in reducer.state_dict().items() if not key.startswith(f"{SHARED}/")]
+    if optimizer is not None:
+        for weight in weights.values():
+            state = optimizer.state[weight].values()
+            kept += [x for x in state if isinstance(x, Tensor) and x.ndim]
+    return ran(kept)
+
+
+def run_rounds(
+    made: OuterScheme, model: nn.Module, comm: Comm, look: Callable[[OuterSync], None] | None = None
+) -> Ran:
+    """Rounds of a method with local updates, around SGD on random gradients.
+
+    Args:
+        look: sees the method at work, before the first step.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(comm.rank)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    with made(model, optimizer, comm) as outer:
+        if look is not None:
+            look(outer)
+        for _ in range(STEPS):
+            outer.state_dict()  # waits for what is in flight
+            mark = _Mark(comm)
+            for _ in range(outer.sync_every):
+                # Some methods evaluate a batch again.
+                optimizer.step(lambda: 0.0)
+        outer.state_dict()
+        return mark.ended(list(outer.kept_tensors()))
+
+
+def run_sharded(made: ShardedScheme, side: int, gathers: int, comm: Comm) -> Ran:
+    """One square parameter: its weights gathered so many times, its gradient scattered. ``side`` is a multiple of the
+    number of ranks."""
+    segments = (Segment("weight", side, side, comm.world_size),)
+    shapes = {"weight": torch.Size((side, side))}
+    row = torch.randn(side * side // comm.world_size)
+    out = row.new_empty(comm.world_size, row.numel())
+    codec, exchange = made.gathering(shapes), made.scattering(shapes, comm)
+    assert codec is not None
+    assert exchange is not None
+    mark = _Mark(comm)
+    for _ in range(gathers):
+        gather_into(out, row, segments, codec, comm, step=0)
+    exchange.mean_into(row, torch.randn(out.shape), segments, step=0)
+    return mark.ended([])
+
+
+class _Mark:
+    """Where a step begins."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._before = comm.bytes.copy()
+        self._calls: list[Call] = comm.calls if isinstance(comm, MirrorComm) else []
+        self._first = len(self._calls)
+        self._start = time.perf_counter()
+
+    def ended(self, kept: list[Tensor]) -> Ran:
+        """Up to now; ``kept`` is the state."""
+        now, then = self._comm.bytes, self._before
+        return Ran(
+            now.payload_bytes - then.payload_bytes,
+            now.wire_bytes - then.wire_bytes,
+            sum(x.numel() * x.element_size() for x in kept),
+            time.perf_counter() - self._start - (now.seconds - then.seconds),
+            tuple(self._calls[self._first :]),
+        )
