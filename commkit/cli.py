@@ -1,4 +1,4 @@
-"""The ``commkit`` command: ``compare``, ``schemes`` and ``doctor``.
+"""The ``commkit`` command: ``compare``, ``simulate``, ``schemes`` and ``doctor``.
 
 ``compare`` is a program of a source checkout's ``launch/``, to which its arguments go as they are.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .config import ConfigError
+from .cost.scenario import load_scenario
+from .cost.simulate import SimulationError
+from .cost.simulate import simulate as run_scenario
 from .inventory import SchemeCard, installation, scheme_cards
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -21,6 +25,7 @@ usage: commkit COMMAND ...
 
 commands:
   compare   run recipes on the same emulated network and compare them
+  simulate  thousands of workers on a virtual clock
   schemes   list every scheme, with the bytes that it sends and keeps
   doctor    what is installed and what this machine can do
 
@@ -32,6 +37,16 @@ commands:
 class Schemes:
     """List every scheme: what it is, what it works with, and its measured bytes."""
 
+    json: bool = False
+    """Print a JSON list in place of a table."""
+
+
+@dataclass(frozen=True)
+class Simulate:
+    """Run a scenario's methods on a virtual clock: time, bytes, and the share of time in which workers idle."""
+
+    scenario: Path
+    """YAML file; see configs/scenarios/."""
     json: bool = False
     """Print a JSON list in place of a table."""
 
@@ -51,13 +66,13 @@ def main(words: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
-    runs = {"compare": compare, "schemes": schemes, "doctor": doctor}
+    runs = {"compare": compare, "simulate": simulate, "schemes": schemes, "doctor": doctor}
     if command not in runs:
         print(f"error: unknown command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
     try:
         return runs[command](rest)
-    except MissingError as error:
+    except (MissingError, ConfigError, SimulationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -88,6 +103,43 @@ def compare(words: Sequence[str]) -> int:
         ) from error
     status: int = program.main(list(words))
     return status
+
+
+def simulate(words: Sequence[str]) -> int:
+    """Print what became of a scenario's methods.
+
+    Raises:
+        ConfigError: a file that is no scenario.
+        SimulationError: a method that cannot be simulated.
+    """
+    tyro = _tyro()
+    arguments = tyro.cli(
+        tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[Simulate]],
+        args=list(words),
+        prog="commkit simulate",
+    )
+    scenario = load_scenario(arguments.scenario)
+    outcomes = run_scenario(scenario)
+    if arguments.json:
+        print(json.dumps([{**asdict(one), "goodput": one.goodput} for one in outcomes], indent=2))
+        return 0
+    header = ("scheme", "H", "hours", "step [s]", "sync [s]", "idle", "MB/step", "peak [Mbit/s]")
+    rows = [
+        (
+            one.scheme,
+            str(one.sync_every),
+            f"{one.seconds / 3600:.3f}",
+            f"{one.step_s:.4g}",
+            f"{one.sync_s:.4g}",
+            f"{one.idle_share:.1%}",
+            f"{one.bytes_per_step / 1e6:.4g}",
+            f"{one.peak_bytes_per_s * 8 / 1e6:.4g}",
+        )
+        for one in outcomes
+    ]
+    for line in _aligned([header, *rows], rights=range(1, len(header))):
+        print(line)
+    return 0
 
 
 def schemes(words: Sequence[str]) -> int:
@@ -138,8 +190,11 @@ def _table(cards: Sequence[SchemeCard]) -> list[str]:
                 card.description.partition(": ``")[0] + paper,
             )
         )
+    return _aligned(rows, rights=(1, 2, 3))  # columns of numbers
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], rights: Collection[int]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rights = (1, 2, 3)  # columns of numbers
     return [
         "  ".join(
             cell.rjust(width) if place in rights else cell.ljust(width)

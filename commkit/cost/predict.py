@@ -98,7 +98,9 @@ class Round:
     parts: Sequence[tuple[float, int]]
 
 
-def predict(law: Law, pace: Pace, work: Workload, cluster: Cluster, plan: Round | None = None) -> Prediction:
+def predict(
+    law: Law, pace: Pace, work: Workload, cluster: Cluster, plan: Round | None = None
+) -> Prediction:
     """
     Args:
         law: what the scheme sends.
@@ -111,7 +113,9 @@ def predict(law: Law, pace: Pace, work: Workload, cluster: Cluster, plan: Round 
         ValueError: a law per round without a plan, or the other way round.
     """
     if law.per_round != (plan is not None):
-        raise ValueError(f"scheme {law.name!r}: a plan of the round goes with local updates, and only there")
+        raise ValueError(
+            f"scheme {law.name!r}: a plan of the round goes with local updates, and only there"
+        )
     sent = law.sent(work.shapes, cluster.world_size)
     costs = [(one, hops(one.op, one.scope, one.payload, cluster)) for one in sent]
     arithmetic = pace.seconds(work.shapes.numel, cluster.world_size)
@@ -196,9 +200,7 @@ def _local(
     alone = work.compute_s * plan.sync_every
     computing = alone if cluster.compresses_beside else alone + arithmetic
     beside = seconds + (arithmetic if cluster.compresses_beside else 0.0)
-    exposed = sum(
-        max(0.0, share * beside - delay * work.compute_s) for share, delay in plan.parts
-    )
+    exposed = sum(max(0.0, share * beside - delay * work.compute_s) for share, delay in plan.parts)
     return max(computing + exposed, seconds) / plan.sync_every
 
 

@@ -14,7 +14,7 @@ from ..sim.mirror import MirrorComm
 from .predict import Round
 from .run import MEASURED_WITH
 
-_LAYERS, _SIDE = 24, 8
+_LAYERS, _SIDE = 24, 128  # room for the factors of low-rank schemes
 
 
 @lru_cache(maxsize=1024)

@@ -48,9 +48,7 @@ class Ran:
     calls: tuple[Call, ...]
 
 
-def run_steps(
-    made: Reducer | OptimizerScheme, gradients: Mapping[str, Tensor], comm: Comm
-) -> Ran:
+def run_steps(made: Reducer | OptimizerScheme, gradients: Mapping[str, Tensor], comm: Comm) -> Ran:
     """Reduce ``gradients``, by parameter name, and step an optimizer that communicates."""
     weights = {name: nn.Parameter(torch.zeros(g.shape)) for name, g in gradients.items()}
     optimizer = made(list(weights.values()), lr=1e-3) if isinstance(made, OptimizerScheme) else None

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,9 @@ from ..sim.mirror import Call, MirrorComm, Op, gradients_like
 from .run import MEASURED_WITH, Ran, run_rounds, run_steps
 from .shapes import Shapes, shapes_of
 
+Sides: TypeAlias = tuple[tuple[int, int], ...]
 # Of the matrices of each sample; each has a vector of as many elements as rows, few enough that schemes send it densely.
-_SIDES = (
+_SIDES: tuple[Sides, ...] = (
     ((256, 512),) * 4,
     ((256, 512),) * 8,
     ((512, 512),) * 4,
@@ -82,7 +83,12 @@ class Law:
         """In a step or round."""
         row, counted = _row(shapes, world_size), _count_row(shapes)
         found = [
-            Sent(op, scope, max(float(row @ law), 0.0), max(float(counted @ self._count[op, scope]), 1.0))
+            Sent(
+                op,
+                scope,
+                max(float(row @ law), 0.0),
+                max(float(counted @ self._count[op, scope]), 1.0),
+            )
             for (op, scope), law in self._payload.items()
         ]
         return [one for one in found if one.payload > 0.5]
@@ -111,6 +117,7 @@ def law_of(name: str, ranks_per_node: int = 1, inner: str = "") -> Law:
     if isinstance(made, OuterScheme):
         knobs |= _short(name, made)
         made = make_scheme(name, knobs)
+        assert isinstance(made, OuterScheme)
         run = _rounds
     elif isinstance(made, Reducer | OptimizerScheme):
         run = _steps
@@ -119,7 +126,7 @@ def law_of(name: str, ranks_per_node: int = 1, inner: str = "") -> Law:
             f"scheme {name!r} has a coordinator, servers or shards; predictions are for schemes of equal ranks"
         )
     per_node = ranks_per_node if inner else 1
-    ran = {
+    ran: dict[tuple[Sides, int], Ran] = {
         (sides, nodes * per_node): run(name, knobs, sides, nodes * per_node)
         for sides in _SIDES
         for nodes in _NODES
@@ -141,7 +148,7 @@ def _whole_step(made: Reducer | OptimizerScheme | OuterScheme) -> bool:
     return made.whole_step
 
 
-def _steps(name: str, knobs: Mapping[str, Any], sides: Sequence[tuple[int, int]], world: int) -> Ran:
+def _steps(name: str, knobs: Mapping[str, Any], sides: Sides, world: int) -> Ran:
     made = make_scheme(name, knobs)
     assert isinstance(made, Reducer | OptimizerScheme)
     shapes = {f"{i}.weight": torch.Size(side) for i, side in enumerate(sides)}
@@ -149,18 +156,18 @@ def _steps(name: str, knobs: Mapping[str, Any], sides: Sequence[tuple[int, int]]
     return run_steps(made, gradients_like(shapes, seed=0), MirrorComm(world))
 
 
-def _rounds(name: str, knobs: Mapping[str, Any], sides: Sequence[tuple[int, int]], world: int) -> Ran:
+def _rounds(name: str, knobs: Mapping[str, Any], sides: Sides, world: int) -> Ran:
     made = make_scheme(name, knobs)
     assert isinstance(made, OuterScheme)
     return run_rounds(made, _model(sides)[0], MirrorComm(world))
 
 
-def _model(sides: Sequence[tuple[int, int]]) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _model(sides: Sides) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Sequential(*(nn.Linear(columns, rows) for rows, columns in sides))
     return model, torch.optim.SGD(model.parameters(), lr=1e-3)
 
 
-def _shapes(sides: Sequence[tuple[int, int]]) -> Shapes:
+def _shapes(sides: Sides) -> Shapes:
     return shapes_of([*sides, *(side[:1] for side in sides)])
 
 
@@ -178,7 +185,7 @@ def _fit(
     knobs: Mapping[str, Any],
     per_round: bool,
     whole_step: bool,
-    ran: Mapping[tuple[tuple[tuple[int, int], ...], int], Ran],
+    ran: Mapping[tuple[Sides, int], Ran],
 ) -> Law:
     sums = {key: _sums(one.calls) for key, one in ran.items()}
     kinds = list(dict.fromkeys(kind for one in sums.values() for kind in one))

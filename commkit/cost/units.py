@@ -45,7 +45,9 @@ def parse_bandwidth(text: str, field: str = "link") -> float:
         ValueError: see :func:`read_quantity`; zero.
     """
     cleaned = text.lower().strip().removesuffix("/s")
-    return _positive(read_quantity(cleaned, field, RATE_UNITS, "1gbit", text), RATE_UNITS, field, text)
+    return _positive(
+        read_quantity(cleaned, field, RATE_UNITS, "1gbit", text), RATE_UNITS, field, text
+    )
 
 
 def parse_seconds(text: str, field: str) -> float:
@@ -83,9 +85,7 @@ def parse_bytes(text: str, field: str = "memory") -> float:
     )
 
 
-def _positive(
-    told: tuple[float, str], units: Mapping[str, float], field: str, text: str
-) -> float:
+def _positive(told: tuple[float, str], units: Mapping[str, float], field: str, text: str) -> float:
     value = told[0] * units[told[1]]
     if not value > 0:
         raise ValueError(f"{field}: got {text!r}, but it must be > 0")
