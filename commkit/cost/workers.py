@@ -49,7 +49,8 @@ class Workers:
         pool = median_s * np.exp(sigma * self._largest_normals(_POOL))
         if messages > 64:
             spread = self._latency_state.standard_normal(num_rounds) * pool.std() * messages**0.5
-            return np.maximum(messages * pool.mean() + spread, 0.0)
+            total: Array = np.maximum(messages * pool.mean() + spread, 0.0)
+            return total
         drawn: Array = self._latency_state.choice(pool, (num_rounds, round(messages))).sum(axis=1)
         return drawn
 
