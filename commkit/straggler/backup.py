@@ -203,7 +203,7 @@ class DBW(BackupPolicy):
             "noise_scale": for momentum, Adam and the like, where no eta tells the step; of losses it only asks
             whether they fall.
         window: steps over which estimates are averaged. 20 where mini-batch losses are noisy.
-        loss_tolerance: share by which the loss may rise over the window.
+        loss_tolerance: share by which the loss may rise over the window, beyond the noise of its mini-batches.
         max_change: largest change of k from one step to the next; n/8 with hundreds of workers.
         min_share: see :class:`BackupPolicy`.
 
