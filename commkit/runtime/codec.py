@@ -69,16 +69,28 @@ class Codec:
     def decode(
         self, tensors: Sequence[Tensor], names: Sequence[str], task: int
     ) -> dict[str, Tensor]:
-        """What was sent, by parameter name: exactly what the sender has left out of its residual."""
-        counts, rest = tensors[0].tolist(), iter(tensors[1:])
-        decoded = {}
+        """What was sent, by parameter name: exactly what the sender has left out of its residual.
+
+        Raises:
+            ValueError, IndexError: no message that :meth:`encode` makes of these parameters.
+        """
+        counts, decoded, at = tensors[0].tolist(), {}, 1
+        if (
+            len(counts) != len(names)
+            or min(counts, default=0) < 0
+            or sum(counts) + 1 != len(tensors)
+        ):
+            raise ValueError(
+                f"a message of {len(tensors)} tensors says that it has {counts} of {len(names)} parameters"
+            )
         for name, count in zip(names, counts, strict=True):
-            ctx, payload = self._ctx(name, task), tuple(next(rest) for _ in range(count))
+            ctx, payload = self._ctx(name, task), tuple(tensors[at : at + count])
+            at += count
             compressor = self.compressor
             if compressor is not None and self.policy.compresses(ctx):
                 decoded[name] = compressor.decompress(payload, ctx)
             else:
-                decoded[name] = payload[0]
+                decoded[name] = _whole(payload, ctx)
         return decoded
 
     def compresses(self, name: str, task: int) -> bool:
@@ -111,6 +123,15 @@ class Codec:
         like = self.like[name]
         dtype = torch.promote_types(like.dtype, torch.float32)
         return TensorCtx(name, like.shape, dtype, _CPU, task, self.seed)
+
+
+def _whole(payload: Sequence[Tensor], ctx: TensorCtx) -> Tensor:
+    if len(payload) != 1 or payload[0].shape != ctx.shape or payload[0].dtype != ctx.dtype:
+        got = [(tuple(x.shape), x.dtype) for x in payload]
+        raise ValueError(
+            f"a message has {got} of {ctx.key}, and must have one tensor of {tuple(ctx.shape)} {ctx.dtype}"
+        )
+    return payload[0]
 
 
 def divided(like: Mapping[str, Tensor], parts: int) -> list[list[str]]:
