@@ -25,15 +25,15 @@ SOURCES = (
 # What an installed commkit is asked to do: an operator that has a compiled kernel and a reference.
 PROBE = """
 import torch, commkit
-from commkit.compressors import Sign
+from commkit.compressors import BlockQuantize
 from commkit.ops import native
 from commkit.types import TensorCtx
 x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
 ctx = TensorCtx("x", x.shape, x.dtype, x.device, 0, 0)
-payload = Sign().compress(x, ctx)
+payload = BlockQuantize(8, 256, "nearest").compress(x, ctx)
 print(commkit.__file__)
 print(commkit.__version__)
-print("encode_signs" in " ".join(native.served("cpu")))
+print("quantize_blocks" in native.served("cpu"))
 print([t.tolist() for t in payload])
 """
 pytestmark = pytest.mark.timeout(300)
