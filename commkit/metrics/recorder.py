@@ -29,7 +29,7 @@ class Recorder:
             for batch in loader:
                 ...
                 optimizer.step()
-                recorder.record(loss=float(loss))
+                recorder.record(loss=loss.item())
         print(recorder.summary())
 
     Statistics are of the rank that calls it. It sends nothing, so it may be used on one rank alone.

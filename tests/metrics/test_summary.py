@@ -83,7 +83,7 @@ def recorded(rank, world_size, directory):
                 with torch.no_grad():
                     for p in model.parameters():
                         p.fill_(0.1)
-            recorder.record(loss=float(loss))
+            recorder.record(loss=loss.item())
             said.append(handle.last_step)
     handle.close()
     torch.distributed.barrier()
