@@ -29,7 +29,7 @@ from .schemes import make_scheme
 from .sharded import PartitionScheme, Segment, ShardedScheme, gather_into
 from .sim import ThreadComm, ThreadNetwork, run_threads
 from .straggler import Share, StragglerScheme
-from .types import SHARED
+from .types import SHARED, ByteCounter
 from .version import __version__
 
 SIDE = 1000  # the tensor that schemes are measured on has SIDE x SIDE elements: a million
@@ -53,7 +53,19 @@ _WORKS_WITH: dict[str, tuple[str, ...]] = {
     "": ("Python alone",),
 }
 _REQUIRED = ("torch", "numpy", "pydantic", "PyYAML")
-_OPTIONAL = ("torchdata", "tqdm", "tyro", "matplotlib", "scikit-learn", "mpi4py", "deepspeed")
+_OPTIONAL = (
+    *(
+        "torchdata",
+        "tqdm",
+        "tyro",
+        "matplotlib",
+        "scikit-learn",
+        "mpi4py",
+        "deepspeed",
+        "lightning",
+    ),
+    *("accelerate", "transformers", "tensorboard", "wandb", "opentelemetry-sdk", "simpy"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class SchemeCard:
             scheme cannot be built without knobs.
         wire_bytes: sent for that.
         state_bytes: per parameter, between steps, mean of two ranks.
+        rounds: collectives of a rank in that step or round; None where it sends messages to one other.
     """
 
     name: str
@@ -81,6 +94,7 @@ class SchemeCard:
     payload_bytes: int | None
     wire_bytes: int | None
     state_bytes: float | None
+    rounds: int | None
 
 
 def scheme_cards() -> list[SchemeCard]:
@@ -137,6 +151,7 @@ def _card(name: str) -> SchemeCard:
         payload_bytes=cost.payload_bytes,
         wire_bytes=cost.wire_bytes,
         state_bytes=cost.state_bytes,
+        rounds=cost.rounds,
     )
 
 
@@ -148,6 +163,7 @@ class _Cost:
     payload_bytes: int | None = None
     wire_bytes: int | None = None
     state_bytes: float | None = None
+    rounds: int | None = None
 
 
 def _measure(name: str) -> _Cost:
@@ -167,14 +183,16 @@ def _measure(name: str) -> _Cost:
         if isinstance(made, PartitionScheme):  # between its slowest two ranks
             axis = made.tiers[-1]
             made = ShardedScheme(made.weights.get(axis), made.gradients.get(axis))
-        payload, wire = run_threads(partial(_measure_sharded, made, gathers), world_size=2)[0]
-        return _Cost("step of FSDP", payload, wire, 0.0)
+        payload, wire, rounds = run_threads(partial(_measure_sharded, made, gathers), world_size=2)[
+            0
+        ]
+        return _Cost("step of FSDP", payload, wire, 0.0, rounds)
     measure = _measure_method if isinstance(made, OuterScheme) else _measure_rank
     # Servers hold shards of unequal size: take the mean.
     told = run_threads(partial(measure, name), world_size=2)
-    payload, wire, state = (sum(column) / len(told) for column in zip(*told, strict=True))
+    payload, wire, state, rounds = (sum(column) / len(told) for column in zip(*told, strict=True))
     every = "round" if isinstance(made, OuterScheme) else "step"
-    return _Cost(every, round(payload), round(wire), state)
+    return _Cost(every, round(payload), round(wire), state, round(rounds))
 
 
 def _measure_task(scheme: AsyncScheme) -> _Cost:
@@ -203,7 +221,7 @@ def _size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _measure_method(name: str, comm: ThreadComm) -> tuple[int, int, float]:
+def _measure_method(name: str, comm: ThreadComm) -> tuple[int, int, float, int]:
     """Of a method with local updates: what a round of the whole model sends."""
     side = SIDE // 2  # a million parameters in layers, which some methods cut the model into
     model = torch.nn.Sequential(*(torch.nn.Linear(side, side, bias=False) for _ in range(4)))
@@ -216,14 +234,24 @@ def _measure_method(name: str, comm: ThreadComm) -> tuple[int, int, float]:
     with made(model, optimizer, comm) as outer:
         for _ in range(_STEPS):
             outer.state_dict()  # waits for what is in flight
-            before = (comm.bytes.payload_bytes, comm.bytes.wire_bytes)
+            before = comm.bytes.copy()
             for _ in range(outer.sync_every):
                 # Some methods evaluate a batch again.
                 optimizer.step(lambda: 0.0)
         outer.state_dict()
-        sent = (comm.bytes.payload_bytes - before[0], comm.bytes.wire_bytes - before[1])
+        payload, wire, rounds = _since(before, comm)
         state = sum(x.numel() * x.element_size() for x in outer.kept_tensors())
-    return *sent, state / SIDE**2
+    return payload, wire, state / SIDE**2, rounds
+
+
+def _since(before: ByteCounter, comm: ThreadComm) -> tuple[int, int, int]:
+    """Payload bytes, wire bytes and collectives."""
+    now = comm.bytes
+    return (
+        now.payload_bytes - before.payload_bytes,
+        now.wire_bytes - before.wire_bytes,
+        now.rounds - before.rounds,
+    )
 
 
 def _measure_workers(made: StragglerScheme) -> _Cost:
@@ -259,7 +287,7 @@ def _measure_workers(made: StragglerScheme) -> _Cost:
     return _Cost("round", payload, wire, state / SIDE**2)
 
 
-def _measure_sharded(made: ShardedScheme, gathers: int, comm: ThreadComm) -> tuple[int, int]:
+def _measure_sharded(made: ShardedScheme, gathers: int, comm: ThreadComm) -> tuple[int, int, int]:
     """Of one parameter: its weights gathered, for forward and for backward or once, its gradient scattered."""
     made = dataclasses.replace(made, local_size=None if made.between is None else 1)
     segments = (Segment("weight", SIDE, SIDE, comm.world_size),)
@@ -272,10 +300,10 @@ def _measure_sharded(made: ShardedScheme, gathers: int, comm: ThreadComm) -> tup
     for _ in range(gathers):
         gather_into(out, row, segments, codec, comm, step=0)
     exchange.mean_into(row, torch.randn(out.shape), segments, step=0)
-    return comm.bytes.payload_bytes, comm.bytes.wire_bytes
+    return comm.bytes.payload_bytes, comm.bytes.wire_bytes, comm.bytes.rounds
 
 
-def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float]:
+def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float, int]:
     weight = torch.nn.Parameter(torch.zeros(SIDE, SIDE))
     made = make_scheme(name, _MEASURED_WITH.get(name))
     assert not isinstance(made, OuterScheme | StragglerScheme | ShardedScheme)
@@ -287,7 +315,7 @@ def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float]:
         optimizer.set_up()
     generator = torch.Generator().manual_seed(comm.rank)
     for _ in range(_STEPS):
-        before = (comm.bytes.payload_bytes, comm.bytes.wire_bytes)
+        before = comm.bytes.copy()
         gradient = torch.randn(SIDE, SIDE, generator=generator)
         weight.grad = reducer.reduce({"weight": gradient}, comm)["weight"]
         reducer.end_step()
@@ -301,8 +329,8 @@ def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float]:
     if optimizer is not None:
         tensors = (x for x in optimizer.state[weight].values() if isinstance(x, torch.Tensor))
         state += sum(x.numel() * x.element_size() for x in tensors if x.ndim)
-    payload, wire = comm.bytes.payload_bytes, comm.bytes.wire_bytes
-    return payload - before[0], wire - before[1], state / SIDE**2
+    payload, wire, rounds = _since(before, comm)
+    return payload, wire, state / SIDE**2, rounds
 
 
 def _backends() -> dict[str, bool]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import commkit
 from commkit import ShardedReplicas
-from commkit.metrics import MetricsSink
+from commkit.metrics import MetricsSink, finite
 from commkit.outer import AdLoCo, DFedSAM, OuterSync
 from commkit.sharded import PartitionedOptimizer
 from commkit.types import Comm
@@ -27,7 +27,7 @@ from launch import sharding
 from launch.attachment import Attachment
 from launch.interface import InterfaceMeter
 from launch.progress import Progress, RandomState
-from launch.rundir import RunDirectory, finite
+from launch.rundir import RunDirectory
 from launch.schedule import learning_rate
 from launch.settings import TrainSettings
 from launch.tasks import Task
@@ -152,6 +152,7 @@ class Trainer:
             "rounds": stats.rounds,
             "residual_norm": stats.residual_norm,
             "num_contributors": stats.num_contributors,
+            "nonfinite": stats.nonfinite,
         }
 
     def mean_loss(self, local: Tensor) -> float:

@@ -19,7 +19,7 @@ from typing_extensions import Self
 from ..aggregators import AllReduce
 from ..comm import DistComm, new_group_like, require_group
 from ..compressors import NoCompression
-from ..metrics import StepStats
+from ..metrics import StepStats, profiler_range
 from ..reducer import Reducer, all_reduce_dense
 from ..registry import spec
 from ..runtime.agreement import (
@@ -285,8 +285,17 @@ class OuterSync:
     def prepare_sync(self, unit: Unit | None = None) -> None:
         """Begin a round of ``unit`` (the only one if not given): take the snapshot and start to reduce it."""
         unit = self.units[0] if unit is None else unit
+        with profiler_range("prepare_sync"):
+            transfer = self._taken(unit)
+        self.round += 1
+        self._begun[unit.index] = self.step
+        self._submit(transfer)
+        self._in_flight.append(transfer)
+
+    def _taken(self, unit: Unit) -> Transfer:
+        """The snapshot of a round that begins now."""
         average = self.options.average_buffers and unit.buffers
-        transfer = Transfer(
+        return Transfer(
             unit,
             self.round,
             self.step + self.delay(unit),
@@ -297,10 +306,6 @@ class OuterSync:
             if self.options.inner_state == "average"
             else [],
         )
-        self.round += 1
-        self._begun[unit.index] = self.step
-        self._submit(transfer)
-        self._in_flight.append(transfer)
 
     def perform_sync(self) -> None:
         """End the oldest round that is in flight: wait for it, step the outer optimizer, write back.
@@ -309,17 +314,20 @@ class OuterSync:
             RoundAborted: it failed, here or on another rank.
             FloatingPointError: no replica is finite and the method has nothing to return to.
         """
-        transfer = self._in_flight.popleft()
-        self._wait(transfer)
-        self.was_reset = not transfer.finite
-        if transfer.skipped:
-            self.skipped_rounds += 1
-            self.roll_back(transfer.unit)
-        else:
-            self.apply(transfer.unit, transfer.values)
-            if transfer.buffers is not None:
-                transfer.buffers.write()
-        self._renew_inner_state(transfer)
+        with profiler_range("perform_sync"):
+            transfer = self._in_flight.popleft()
+            with profiler_range("wait"):
+                self._wait(transfer)
+            self.was_reset = not transfer.finite
+            if transfer.skipped:
+                self.skipped_rounds += 1
+                self.roll_back(transfer.unit)
+            else:
+                with profiler_range("apply"):
+                    self.apply(transfer.unit, transfer.values)
+                    if transfer.buffers is not None:
+                        transfer.buffers.write()
+            self._renew_inner_state(transfer)
 
     def roll_back(self, unit: Unit) -> None:
         """Return to the last synchronised weights."""
@@ -497,7 +505,8 @@ class OuterSync:
 
     def _submit(self, transfer: Transfer) -> None:
         def carry_out() -> None:
-            self.carry_out(transfer, self._round_comm)
+            with profiler_range("carry_out"):
+                self.carry_out(transfer, self._round_comm)
             self._stats.append(transfer.stats)
 
         transfer.future = self.in_background(carry_out, transfer.tensors)

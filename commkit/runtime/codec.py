@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..aggregators.residuals import update_with_payloads
 from ..feedback import ErrorFeedback, NoFeedback, check_contraction
+from ..metrics import profiler_range
 from ..policy import Policy
 from ..types import Compressor, Feedback, TensorCtx
 
@@ -56,7 +57,8 @@ class Codec:
             compressor = self.compressor
             if compressor is not None and self.policy.compresses(ctx):
                 x = feedback.compensate(x, name)
-                payload = compressor.compress(x, ctx, salt)
+                with profiler_range("compress"):
+                    payload = compressor.compress(x, ctx, salt)
                 update_with_payloads(feedback, [x], compressor, [payload], [ctx])
             else:
                 if feedback.holds(name):
@@ -88,7 +90,8 @@ class Codec:
             at += count
             compressor = self.compressor
             if compressor is not None and self.policy.compresses(ctx):
-                decoded[name] = compressor.decompress(payload, ctx)
+                with profiler_range("decompress"):
+                    decoded[name] = compressor.decompress(payload, ctx)
             else:
                 decoded[name] = _whole(payload, ctx)
         return decoded
