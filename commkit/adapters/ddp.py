@@ -131,11 +131,32 @@ class DeferredHandle:
 
     Attributes:
         handle: of the attachment; None before the first bucket.
+
+    Raises:
+        ConfigError: unknown scheme or field, or a value out of range.
+        TypeError: a scheme that does not reduce gradients.
     """
 
     def __init__(self, scheme: Scheme, knobs: dict[str, Any], timeout_s: float) -> None:
+        make_reducer(scheme, knobs)
         self.scheme, self.knobs, self.timeout_s = scheme, knobs, timeout_s
         self.handle: Handle | None = None
+
+    def attach(
+        self, model: DistributedDataParallel, grad_scaler: GradScaler | None = None
+    ) -> Handle:
+        """What the first bucket does, now. Collective."""
+        self.handle = _handle(
+            model,
+            lambda: make_reducer(self.scheme, self.knobs),
+            model.process_group,
+            grad_scaler,
+            self.timeout_s,
+            _may_skip_parameters(model),
+            sole_hook=False,  # it is registered, and this one
+        )
+        mark_attached(model)
+        return self.handle
 
     def submit(
         self,
@@ -148,16 +169,7 @@ class DeferredHandle:
                 raise RuntimeError(
                     "no DistributedDataParallel holds the parameters of this bucket; use commkit.attach"
                 )
-            self.handle = _handle(
-                model,
-                lambda: make_reducer(self.scheme, self.knobs),
-                model.process_group,
-                None,
-                self.timeout_s,
-                _may_skip_parameters(model),
-                sole_hook=False,  # it is registered, and this one
-            )
-            mark_attached(model)
+            return self.attach(model).submit(bucket)
         return self.handle.submit(bucket)
 
 
