@@ -1,7 +1,7 @@
 """commkit for the Hugging Face Trainer.
 
-    trainer = Trainer(model=model, args=args, train_dataset=data, scheme={"name": "powersgd", "rank": 4})
-    trainer.train()
+trainer = Trainer(model=model, args=args, train_dataset=data, scheme={"name": "powersgd", "rank": 4})
+trainer.train()
 """
 
 from .adapters.frameworks.versions import ACCELERATE, TRANSFORMERS

@@ -1,7 +1,7 @@
 """commkit for Lightning, ``lightning.pytorch``.
 
-    trainer = Trainer(strategy="ddp", callbacks=[CommkitCallback("powersgd", rank=4)])
-    trainer = Trainer(strategy=LocalUpdatesStrategy(), callbacks=[CommkitCallback("diloco", sync_every=100)])
+trainer = Trainer(strategy="ddp", callbacks=[CommkitCallback("powersgd", rank=4)])
+trainer = Trainer(strategy=LocalUpdatesStrategy(), callbacks=[CommkitCallback("diloco", sync_every=100)])
 """
 
 from .adapters.frameworks.versions import LIGHTNING

@@ -3,7 +3,6 @@
 No ``from __future__ import annotations`` here, as in :mod:`.ddp`.
 """
 
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,13 +29,9 @@ from .loss_scale import GradScaler
 _DIRECTORY = "commkit"
 _HOOK_FIELDS = ("comm_hook", "comm_wrapper", "comm_state_option")
 _FIELDS = tuple(
-    f.name
-    for f in dataclasses.fields(DistributedDataParallelKwargs)
-    if f.name not in _HOOK_FIELDS
+    f.name for f in dataclasses.fields(DistributedDataParallelKwargs) if f.name not in _HOOK_FIELDS
 )
-_REMEDY = (
-    "give the scheme to Accelerator(kwargs_handlers=[SchemeKwargs(scheme=...)]), which keeps each replica's DDP to itself"
-)
+_REMEDY = "give the scheme to Accelerator(kwargs_handlers=[SchemeKwargs(scheme=...)]), which keeps each replica's DDP to itself"
 
 
 @dataclasses.dataclass

@@ -269,7 +269,9 @@ def _reduced_parameters(
         raise ValueError(
             "DDP(mixed_precision=...) registers a hook of its own; use torch.autocast instead"
         )
-    hooks = getattr(module, "_comm_hooks", None)  # DDP has no public word for it, and takes one hook only
+    hooks = getattr(
+        module, "_comm_hooks", None
+    )  # DDP has no public word for it, and takes one hook only
     if hooks and sole_hook:
         name = getattr(hooks[0][0], "__qualname__", type(hooks[0][0]).__name__)
         raise RuntimeError(

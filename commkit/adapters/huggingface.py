@@ -103,7 +103,9 @@ class SchemeTrainerMixin:
         settings = {k: v for k, v in offered.items() if k in taken and k not in made.knobs}
         trainer.optimizer_cls_and_kwargs = (Built, settings)
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _wrap_model(
+        self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
         """Called right before Accelerate wraps the model, by the handler that it has then."""
         wrapped = super()._wrap_model(model, training, *args, **kwargs)  # type: ignore[misc]
         if training and not isinstance(wrapped, DistributedDataParallel):

@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..checkpoint import CheckpointError
-from ..optim import CommOptimizer
-from ..outer import AdLoCo, OuterScheme, OuterSync
+from ..outer import AdLoCo, OuterScheme
 from ..schemes import Scheme
 from .ddp import DeferredHandle, ddp_hook
 from .frameworks import Attachment, Requirement, Totals, connect, contents_of
@@ -72,7 +71,9 @@ class SchemeCallback:
             raise ValueError(f"on_resize={on_resize!r} must be 'mean' or 'error'")
         if isinstance(scheme, DeferredHandle):
             if knobs:
-                raise TypeError(f"knobs {sorted(knobs)} belong into ddp_comm(), which made this state")
+                raise TypeError(
+                    f"knobs {sorted(knobs)} belong into ddp_comm(), which made this state"
+                )
             scheme, knobs, timeout_s, self._pair = (
                 scheme.scheme,
                 scheme.knobs,
@@ -107,7 +108,9 @@ class SchemeCallback:
         self._check(strategy, model, pl_module)
         self._totals, self._counted = Totals(), trainer.global_step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if self._pair is not None and getattr(model, "_comm_hooks", None):  # Lightning has registered it
+        if self._pair is not None and getattr(
+            model, "_comm_hooks", None
+        ):  # Lightning has registered it
             self.handle = self._pair.attach(model, scaler)
             return
         self.handle = connect(
@@ -175,9 +178,7 @@ class SchemeCallback:
                 f"DDPStrategy has ddp_comm_hook={getattr(hook, '__qualname__', hook)}, and DDP takes one hook only; leave it "
                 f"out, or, if it is commkit's, give its state to {type(self).__name__}(state)"
             )
-        wrapped = isinstance(
-            model, DistributedDataParallel | FullyShardedDataParallel | FSDPModule
-        )
+        wrapped = isinstance(model, DistributedDataParallel | FullyShardedDataParallel | FSDPModule)
         if not wrapped and not self._local and pl_module.automatic_optimization:
             raise TypeError(
                 f"{type(strategy).__name__} leaves the model as it is, where gradients could be reduced between backward "

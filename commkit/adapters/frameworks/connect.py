@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -13,15 +15,17 @@ from ...optim import CommOptimizer
 from ...outer import OuterScheme, OuterSync
 from ...schemes import Scheme, make_scheme
 from ...sharded import PartitionedOptimizer
+from ..at_step import StepHandle
 from ..attach import attach
 from ..ddp import Handle
 from ..fsdp1 import FSDP1Handle
 from ..fsdp2 import ShardedHandle
 from ..loss_scale import GradScaler
 from ..partition import PartitionHandle
-from ..at_step import StepHandle
 
-Attachment: TypeAlias = "Handle | StepHandle | ShardedHandle | FSDP1Handle | PartitionHandle | OuterSync"
+Attachment: TypeAlias = (
+    "Handle | StepHandle | ShardedHandle | FSDP1Handle | PartitionHandle | OuterSync"
+)
 
 
 def connect(
@@ -86,7 +90,7 @@ def connect(
 
 def made_of(scheme: object, knobs: dict[str, Any] | None = None) -> object:
     """What ``scheme`` builds, or itself if it is built already."""
-    if scheme is None or not isinstance(scheme, str | dict) and not hasattr(scheme, "__fspath__"):
+    if not isinstance(scheme, str | Path | Mapping):
         return scheme
     return make_scheme(scheme, knobs)
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ...checkpoint import CheckpointError, merge, restore_items, shared_state_of
 from ...comm import DistComm
