@@ -14,7 +14,7 @@ import transformers  # noqa: E402
 from .adapters.huggingface import SchemeTrainerMixin  # noqa: E402
 
 
-class Trainer(SchemeTrainerMixin, transformers.Trainer):  # type: ignore[misc]
+class Trainer(SchemeTrainerMixin, transformers.Trainer):
     """``transformers.Trainer`` with ``scheme=``; see :class:`SchemeTrainerMixin`."""
 
 

@@ -137,7 +137,7 @@ class SchemeTrainerMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class _Steps(TrainerCallback):  # type: ignore[misc]
+class _Steps(TrainerCallback):
     """Begins and ends what the mixin does, and counts."""
 
     def __init__(self, trainer: SchemeTrainerMixin) -> None:

@@ -69,19 +69,14 @@ class SchemeCallback:
     ) -> None:
         if on_resize not in ("mean", "error"):
             raise ValueError(f"on_resize={on_resize!r} must be 'mean' or 'error'")
-        if isinstance(scheme, DeferredHandle):
+        pair = scheme if isinstance(scheme, DeferredHandle) else None
+        if pair is not None:
             if knobs:
                 raise TypeError(
                     f"knobs {sorted(knobs)} belong into ddp_comm(), which made this state"
                 )
-            scheme, knobs, timeout_s, self._pair = (
-                scheme.scheme,
-                scheme.knobs,
-                scheme.timeout_s,
-                scheme,
-            )
-        else:
-            self._pair = None
+            scheme, knobs, timeout_s = pair.scheme, pair.knobs, pair.timeout_s
+        self._pair = pair
         made = made_of(scheme, knobs)
         if isinstance(made, OuterScheme) and issubclass(made.method, AdLoCo):
             raise TypeError(
@@ -89,7 +84,8 @@ class SchemeCallback:
                 "a loop of your own, or another scheme"
             )
         self._local = isinstance(made, OuterScheme)
-        self._scheme, self._knobs, self._mesh = scheme, knobs, mesh
+        self._scheme: Any = scheme
+        self._knobs, self._mesh = knobs, mesh
         self._log, self._on_resize, self._timeout_s = log, on_resize, timeout_s
         self.handle: Attachment | None = None
         self._optimizer: Optimizer | None = None
@@ -115,7 +111,7 @@ class SchemeCallback:
             return
         self.handle = connect(
             model,
-            self._scheme,  # type: ignore[arg-type]
+            self._scheme,
             self._optimizer,
             remedy=_REMEDY,
             knobs=self._knobs,

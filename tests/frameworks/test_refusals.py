@@ -75,7 +75,8 @@ def _accelerate() -> dict[str, str]:
         directory = [tempfile.mkdtemp()]
         dist.broadcast_object_list(directory, src=0)
         plain = Accelerator(cpu=True)
-        plain.prepare(Net())
+        other = Net()
+        plain.prepare(other, adamw(other.parameters()))
         plain.save_state(directory[0])
         dist.barrier()
         accelerator.load_state(directory[0])
@@ -115,12 +116,12 @@ def _lightning() -> dict[str, str]:
             made = [adamw(self.parameters()) for _ in range(self.count)]
             return made if self.count > 1 else made[0]
 
-    def trainer(callbacks: list[Any], strategy: Any = "ddp", devices: int = 2) -> Any:
+    def trainer(callbacks: list[Any], strategy: Any = "ddp", steps: int = 2) -> Any:
         return Trainer(
             accelerator="cpu",
-            devices=devices,
+            devices=2,
             strategy=strategy,
-            max_steps=2,
+            max_steps=steps,
             callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,
@@ -137,7 +138,7 @@ def _lightning() -> dict[str, str]:
     def without_state() -> None:
         directory = [tempfile.mkdtemp()]
         dist.broadcast_object_list(directory, src=0)
-        plain = trainer([])
+        plain = trainer([], steps=1)
         plain.fit(Module(), numbers)
         plain.save_checkpoint(f"{directory[0]}/plain.ckpt")
         trainer([CommkitCallback("int8")]).fit(
