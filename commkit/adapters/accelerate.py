@@ -23,9 +23,10 @@ from .. import checkpoint
 from ..comm import new_group_like, require_group
 from ..outer import OuterScheme
 from ..schemes import Scheme
+from .attach import refuse_double_momentum
 from .ddp import Handle
 from .frameworks import Attachment, connect, contents_of
-from .frameworks.connect import made_of
+from .frameworks.connect import check_one_scheme, made_of
 from .frameworks.versions import ACCELERATE
 from .loss_scale import GradScaler
 
@@ -145,7 +146,10 @@ class SchemeKwargs(DistributedDataParallelKwargs):  # type: ignore[misc]
                 grad_scaler=scaler,
                 timeout_s=self.timeout_s,
             )
-        elif isinstance(self.handle, Handle) and scaler is not None:
+        elif isinstance(self.handle, Handle):  # attached before the optimizer was known
+            if plain is not None:
+                check_one_scheme(self.scheme, plain)
+                refuse_double_momentum(self.handle.reducer, plain)
             self.handle.grad_scaler = scaler
         self._optimizer = plain
         return self.handle

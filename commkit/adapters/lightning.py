@@ -156,14 +156,23 @@ class SchemeCallback:
         """Lightning calls it before there is a wrapped model; it is put in place in :meth:`on_train_start`."""
         self._loaded = state_dict
 
+    @property
+    def _wanted(self) -> str:
+        return _REMEDY if self._local else "use Trainer(strategy='ddp')"
+
     def _model_of(self, strategy: Any, pl_module: nn.Module) -> Any:
         model = strategy.model
         if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return model
         if not torch.distributed.is_initialized():
             raise TypeError(
-                f"{type(strategy).__name__} has no process group, so there is nobody to reduce with; use "
-                "Trainer(strategy='ddp')" + (f", or here: {_REMEDY}" if self._local else "")
+                f"{type(strategy).__name__} has no process group, so there is nobody to reduce with; "
+                f"{self._wanted}"
+            )
+        if model is not pl_module:
+            raise TypeError(
+                f"{type(strategy).__name__} wraps the module in {type(model).__name__}, which sends gradients by itself; "
+                f"{self._wanted}"
             )
         return _sharded_root(pl_module) or pl_module
 
@@ -178,7 +187,7 @@ class SchemeCallback:
         if not wrapped and not self._local and pl_module.automatic_optimization:
             raise TypeError(
                 f"{type(strategy).__name__} leaves the model as it is, where gradients could be reduced between backward "
-                "and step only, and Lightning runs backward inside the step; use Trainer(strategy='ddp')"
+                f"and step only, and Lightning runs backward inside the step; {self._wanted}"
             )
 
 

@@ -55,11 +55,10 @@ def _trainer(package: str, callbacks: list[Any], strategy: Any = "ddp", **option
         devices=2,
         strategy=strategy,
         callbacks=callbacks,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **({"logger": False, "max_steps": STEPS} | options),
+        **({"logger": False, "max_steps": STEPS, "enable_checkpointing": False} | options),
     )
 
 
@@ -175,13 +174,10 @@ def _all(rank: int, world_size: int) -> dict[str, Any]:
     return told
 
 
-_told: list[dict[str, Any]] = []
-
-
+@pytest.fixture(scope="module")
 def told() -> list[dict[str, Any]]:
-    if not _told:
-        _told.extend(run_ranks(_all, 2, deadline_s=200.0))
-    return _told
+    """By rank; run once, whether it fails or not."""
+    return run_ranks(_all, 2, deadline_s=200.0)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +189,13 @@ def told() -> list[dict[str, Any]]:
         "pair on a CPU, with callback",
     ],
 )
-def test_all_ways_to_give_a_scheme_give_the_same_bits(way: str) -> None:
-    for of_rank in told():
+def test_all_ways_to_give_a_scheme_give_the_same_bits(told: list[dict[str, Any]], way: str) -> None:
+    for of_rank in told:
         assert torch.equal(of_rank["lightning"], of_rank[way])
 
 
-def test_micro_batches_are_sent_once_and_counted_once() -> None:
-    for of_rank in told():
+def test_micro_batches_are_sent_once_and_counted_once(told: list[dict[str, Any]]) -> None:
+    for of_rank in told:
         sent, total = of_rank["accumulated"]
         assert len(sent) == 4
         assert len(set(sent)) == 1
@@ -207,8 +203,8 @@ def test_micro_batches_are_sent_once_and_counted_once() -> None:
 
 
 @pytest.mark.parametrize("layout", ["sharded", "replicas"])
-def test_a_sharded_model_resumes_bit_for_bit(layout: str) -> None:
-    for of_rank in told():
+def test_a_sharded_model_resumes_bit_for_bit(told: list[dict[str, Any]], layout: str) -> None:
+    for of_rank in told:
         whole, resumed, sent = of_rank[layout]
         assert torch.equal(whole, resumed)
         assert sent > 0

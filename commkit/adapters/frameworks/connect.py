@@ -59,6 +59,29 @@ def connect(
         RuntimeError: a DDP that spans the replicas of a scheme with local updates.
         Exception: whatever :func:`commkit.attach` raises.
     """
+    check_one_scheme(scheme, optimizer)
+    if isinstance(made_of(scheme, knobs), OuterScheme):
+        _check_local(model, grad_scaler, remedy)
+        grad_scaler = None
+    handle = attach(
+        model,
+        optimizer if scheme is None else scheme,  # type: ignore[arg-type]
+        None if scheme is None else optimizer,
+        mesh=mesh,
+        grad_scaler=grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None,
+        timeout_s=timeout_s,
+        **(knobs or {}),
+    )
+    if isinstance(optimizer, CommOptimizer):
+        optimizer.residuals_apart = True
+    return handle
+
+
+def check_one_scheme(scheme: object, optimizer: Optimizer | None) -> None:
+    """
+    Raises:
+        TypeError: neither ``scheme`` nor the optimizer communicates, or both do.
+    """
     communicates = isinstance(optimizer, CommOptimizer | PartitionedOptimizer)
     if scheme is None and not communicates:
         raise TypeError(
@@ -70,22 +93,6 @@ def connect(
             f"scheme {scheme!r} and the optimizer {type(optimizer).__name__} would both reduce the gradients; leave the "
             "scheme out, or train with an optimizer of torch.optim"
         )
-    if isinstance(made_of(scheme, knobs), OuterScheme):
-        _check_local(model, grad_scaler, remedy)
-        grad_scaler = None
-    what = optimizer if communicates else scheme
-    handle = attach(
-        model,
-        what,  # type: ignore[arg-type]
-        None if communicates else optimizer,
-        mesh=mesh,
-        grad_scaler=grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None,
-        timeout_s=timeout_s,
-        **(knobs or {}),
-    )
-    if isinstance(optimizer, CommOptimizer):
-        optimizer.residuals_apart = True
-    return handle
 
 
 def made_of(scheme: object, knobs: dict[str, Any] | None = None) -> object:
