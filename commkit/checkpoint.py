@@ -63,7 +63,7 @@ def save(
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
     # On every rank and first: a method with rounds in flight waits for them here, until when a reducer is at work.
-    common = {key: _shared_state_of(item) for key, item in replicated.items()}
+    common = {key: shared_state_of(item) for key, item in replicated.items()}
     own = {key: item.state_dict() for key, item in per_rank.items()}
     apart = {
         key: local(x) for key, x in flatten(own).items()
@@ -85,7 +85,7 @@ def save(
     comm.barrier()
 
 
-def _shared_state_of(item: Stateful) -> dict[str, Any]:
+def shared_state_of(item: Stateful) -> dict[str, Any]:
     """What is equal on all ranks: an optimizer that communicates has residuals besides, saved as the
     reducer's."""
     shared = getattr(item, "shared_state_dict", item.state_dict)
@@ -122,10 +122,10 @@ def load(
             f"{saved_by} in the same way, or use on_resize='mean'"
         )
     sharded = _ShardTemplates(replicated)
-    _restore(replicated, _read(directory, metadata, f"{_REPLICATED}/", like=sharded))
+    restore_items(replicated, _read(directory, metadata, f"{_REPLICATED}/", like=sharded))
     if same:
         own = _read(directory, metadata, f"{_PER_RANK}/{_rank(comm.rank)}/")
-        _restore(per_rank, _ShardTemplates(per_rank).wrap(own))
+        restore_items(per_rank, _ShardTemplates(per_rank).wrap(own))
         state = _read(directory, metadata, f"{_REDUCER}/{_rank(comm.rank)}/")
     else:
         state = _dealt_anew(directory, metadata, saved_by, places, reducer)
@@ -320,7 +320,12 @@ def _world_size(metadata: Metadata) -> int:
     )
 
 
-def _restore(items: Mapping[str, Stateful], tensors: StateDict) -> None:
+def restore_items(items: Mapping[str, Stateful], tensors: StateDict) -> None:
+    """Load each of ``items`` from the flattened states of all.
+
+    Raises:
+        CheckpointError: one of them was not saved.
+    """
     if items:
         states = unflatten(tensors)
         for name, item in items.items():

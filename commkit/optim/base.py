@@ -41,9 +41,12 @@ class CommOptimizer(Optimizer):
     Attributes:
         reducer: the scheme at work.
         settings: what else must be equal on all ranks, as plain data; compared at attach.
+        residuals_apart: somebody else saves ``reducer``, so :meth:`state_dict` leaves it out and is equal on all ranks.
+            Set by adapters for frameworks, which save an optimizer once for all ranks.
     """
 
     supports_zero = False
+    residuals_apart = False
     settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
@@ -216,6 +219,8 @@ class CommOptimizer(Optimizer):
         ``commkit.checkpoint`` saves :meth:`shared_state_dict` and the reducer apart, and so can load at
         another world size.
         """
+        if self.residuals_apart:
+            return self.shared_state_dict()
         own = {_RANK: -1, _WORLD_SIZE: 0}
         if self.comm is not None:
             own = {_RANK: self.comm.rank, _WORLD_SIZE: self.comm.world_size}
