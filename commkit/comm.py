@@ -270,14 +270,14 @@ def new_group_like(
     return made_in_wiring(make)
 
 
-def made_in_wiring(make: Callable[[], dist.ProcessGroup]) -> dist.ProcessGroup:
+def made_in_wiring(make: Callable[[], dist.ProcessGroup], watch: bool = False) -> dist.ProcessGroup:
     """The group that ``make`` makes, its connections known to the wiring that is in use, if any; collective over
-    the group then."""
+    the group then. ``watch``: see :meth:`commkit.connections.Wiring.keep`."""
     wiring = connections.current()
     if wiring is None:
         return make()
     with wiring.opening() as opened:
         group = make()
     own = [c.local for c in opened]
-    wiring.keep(opened, DistComm(group).all_gather_object(own))
+    wiring.keep(opened, DistComm(group).all_gather_object(own), watch)
     return group

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -75,14 +76,20 @@ def tcp_connections() -> list[Connection]:
     found = []
     for name in os.listdir(_FD_DIRECTORY):
         try:
-            inode = os.fstat(int(name)).st_ino
+            status = os.fstat(int(name))
+            if not stat.S_ISSOCK(status.st_mode):
+                continue
             with socket.socket(fileno=os.dup(int(name))) as opened:
                 if opened.family in (socket.AF_INET, socket.AF_INET6):
                     local, peer = opened.getsockname()[:2], opened.getpeername()[:2]
-                    found.append(Connection(int(name), inode, local, peer))
-        except OSError:  # no socket, or not connected, or closed meanwhile
+                    found.append(Connection(int(name), status.st_ino, local, peer))
+        except OSError:  # not connected, or closed meanwhile
             continue
     return found
+
+
+class ConnectionsCut(RuntimeError):
+    """The workers that were to be connected do not belong together any more."""
 
 
 class Wiring:
@@ -90,8 +97,8 @@ class Wiring:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._peers: list[tuple[int, Connection]] = []  # by rank in the first group
-        self._all: list[Connection] = []
+        self._watched: list[tuple[int, Connection]] = []  # by rank
+        self._working: list[Connection] = []
         self._before: set[int] | None = None
         self._cut = False
 
@@ -100,7 +107,7 @@ class Wiring:
         """A group is made inside; afterwards the list holds what was opened meanwhile.
 
         Raises:
-            ConnectionError: it was cut before or meanwhile.
+            ConnectionsCut: it was cut before or meanwhile.
         """
         opened: list[Connection] = []
         with self._lock:
@@ -114,26 +121,33 @@ class Wiring:
                 self._before = None
         self._refuse_cut()
 
-    def keep(self, opened: Sequence[Connection], addresses: Sequence[Sequence[Address]]) -> None:
-        """Of ``opened``, those that lead to ``addresses``, of each rank, are the group's."""
-        owner = {tuple(a): rank for rank, theirs in enumerate(addresses) for a in theirs}
+    def keep(
+        self,
+        opened: Sequence[Connection],
+        addresses: Sequence[Sequence[Address]],
+        watch: bool = False,
+    ) -> None:
+        """Of ``opened``, those that lead to ``addresses``, of each rank, are the group's. With ``watch`` they are left
+        alone by :meth:`cut`, so that they are closed only when a process ends: nothing may wait on them."""
+        owner = {a: rank for rank, theirs in enumerate(addresses) for a in theirs}
         ours = [(owner[c.peer], c) for c in opened if c.peer in owner]
         with self._lock:
-            if not self._peers:
-                self._peers = ours
-            self._all += [c for _, c in ours]
+            if watch:
+                self._watched = ours
+                return
+            self._working += [c for _, c in ours]
             if self._cut:
-                self._shut(self._all)
+                self._shut(self._working)
 
     def closed(self) -> set[int]:
-        """Ranks of the first group whose connection to this rank is closed."""
-        return {rank for rank, connection in self._peers if connection.closed}
+        """Ranks of the watched group whose connection to this rank is closed."""
+        return {rank for rank, connection in self._watched if connection.closed}
 
     def cut(self) -> None:
         """End all that waits, and whatever is made later, with an error."""
         with self._lock:
             self._cut = True
-            self._shut([*self._all, *self._new()])
+            self._shut([*self._working, *self._new()])
 
     def _new(self) -> list[Connection]:
         if self._before is None:
@@ -142,7 +156,7 @@ class Wiring:
 
     def _refuse_cut(self) -> None:
         if self._cut:
-            raise ConnectionError("these workers are not together any more")
+            raise ConnectionsCut("these workers are not together any more")
 
     @staticmethod
     def _shut(connections: Sequence[Connection]) -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..comm import DistComm, require_group
 from ..feedback import MomentumCorrection
+from ..membership import Elastic
 from ..optim import CommOptimizer
 from ..outer import OuterScheme, OuterSync
 from ..reducer import Reducer
@@ -34,6 +35,7 @@ def attach(
     mesh: DeviceMesh | None = None,
     grad_scaler: GradScaler | None = None,
     timeout_s: float = 1800.0,
+    members: Elastic | None = None,
     **knobs: Any,
 ) -> "Handle | StepHandle | ShardedHandle | FSDP1Handle | PartitionHandle | OuterSync":
     """Reduce a model's gradients with ``scheme`` from now on, or synchronise its weights if ``scheme`` trains
@@ -56,6 +58,8 @@ def attach(
         grad_scaler: the GradScaler of fp16 training, so that residuals and momenta are kept in the units of
             unscaled gradients while the scale changes.
         timeout_s: seconds after which a stuck reduction raises on all ranks.
+        members: workers that may be lost and joined by others; the attachment follows them. For plain modules, without
+            process_group.
         knobs: fields of the scheme, e.g. ``rank=4``.
 
     Raises:
@@ -79,6 +83,7 @@ def attach(
 
     made = _made(scheme, knobs)
     _check_mesh(model, mesh)
+    _check_members(members, model, made, process_group)
     if isinstance(made, OuterScheme):
         if mesh is not None:
             process_group = replicas_of(model, mesh)
@@ -107,7 +112,7 @@ def attach(
     _check_plain(model, optimizer, grad_scaler)
     assert optimizer is not None
     return attach_at_step(
-        model, make, optimizer if owner is None else owner, process_group, timeout_s
+        model, make, optimizer if owner is None else owner, process_group, timeout_s, members
     )
 
 
@@ -117,6 +122,25 @@ def _check_mesh(model: nn.Module, mesh: DeviceMesh | None) -> None:
             f"mesh is for models that fully_shard was called on, got {type(model).__name__}; leave it out, or shard "
             "the model first"
         )
+
+
+def _check_members(
+    members: Elastic | None,
+    model: nn.Module,
+    made: object,
+    process_group: dist.ProcessGroup | None,
+) -> None:
+    if members is None:
+        return
+    wrapped = isinstance(model, FSDPModule | FullyShardedDataParallel | DistributedDataParallel)
+    if wrapped or isinstance(made, OuterScheme):
+        what = type(model).__name__ if wrapped else "a scheme with local updates"
+        raise TypeError(
+            f"{what} cannot follow members that change, as its groups are its own; give attach(members=...) the plain "
+            "module and a scheme that reduces at every step"
+        )
+    if process_group is not None:
+        raise TypeError("with members the group is that of all of them; leave process_group out")
 
 
 def _check_plain(

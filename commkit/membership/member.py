@@ -53,7 +53,9 @@ class Member:
         self._step_began: float | None = None
         self._failure: str | None = None
         self._leaving: str | None = None
-        self._beats: dict[str, tuple[int, float]] = {}  # of each worker the last, and when it changed
+        self._beats: dict[
+            str, tuple[int, float]
+        ] = {}  # of each worker the last, and when it changed
         self._disconnected: set[str] = set()
 
     # What the driver calls.
@@ -173,7 +175,10 @@ class Member:
         self._began = now
         self._step_began = self._failure = None
         self._disconnected.clear()
-        if self.worker in view.sources:
+        if view.stop:  # the verdict counts for those who are to save what they have
+            if self.committed <= view.step <= self.prepared:
+                self.committed = view.step
+        elif self.worker in view.sources:
             self.has_state = True
             self.committed = self.prepared = view.step
         elif self.worker in view.members:
@@ -265,7 +270,5 @@ class Member:
             return "no worker that is left has the training state"
         again = (members, step) == (ledger.view.members, ledger.view.step)
         if again and ledger.tries >= options.max_tries:
-            return (
-                f"{len(members)} workers tried step {step + 1} max_tries={options.max_tries} times: {ledger.alarm}"
-            )
+            return f"{len(members)} workers tried step {step + 1} max_tries={options.max_tries} times: {ledger.alarm}"
         return ""

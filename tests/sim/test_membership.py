@@ -87,5 +87,9 @@ _MUTANTS = {
 def test_broken_protocols_are_found_out(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _MUTANTS[mutant](monkeypatch)
     with pytest.raises(InvariantError, match="seed"):
-        for seed in range(200):
-            simulate(seed)
+        _simulate_all(range(200))
+
+
+def _simulate_all(seeds: range) -> None:
+    for seed in seeds:
+        simulate(seed)

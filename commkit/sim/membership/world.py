@@ -90,7 +90,9 @@ class World:
         while self.clock.now < _SETTLED_S and any(w.active for w in self.workers.values()):
             self.clock.run(self.clock.now + 1.0)
         still = [w.name for w in self.workers.values() if w.active]
-        self.judge.require(not still, f"{still} still wait {_SETTLED_S - _FAULTS_END_S:g} s after the last fault")
+        self.judge.require(
+            not still, f"{still} still wait {_SETTLED_S - _FAULTS_END_S:g} s after the last fault"
+        )
         stops = {w.member.view.stop for w in self.workers.values() if not w.dead} - {""}
         finished = any(w.real == self._steps for w in self.workers.values())
         alive = [w for w in self.workers.values() if not (w.dead or w.member.evicted)]
