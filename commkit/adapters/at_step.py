@@ -27,11 +27,11 @@ from ..runtime.agreement import (
     wrapped_in_ddp,
 )
 from ..runtime.meter import StepMeter
+from ..runtime.redealing import dealt_again, for_everybody
 from ..types import StateDict
 from .agreement import agree_to_attach, fingerprint
 from .kept import KeepsState
 from .loss_scale import write_back
-from .survivors import dealt_again, for_everybody
 
 
 class StepHandle(KeepsState[Reducer]):
@@ -98,6 +98,8 @@ class StepHandle(KeepsState[Reducer]):
 
     # What a change of the members asks for.
 
+    rounds = False
+
     def give_up(self) -> None:
         """The step under way is given up: state is that before it, and gradients are gone."""
         self.reducer.abandon()
@@ -117,6 +119,10 @@ class StepHandle(KeepsState[Reducer]):
             optimizer.bind(self._parameters, comm)
         agree(comm, fingerprint(self.reducer, self._parameters), None)
         self._connect(group)
+
+    def catch_up(self) -> bool:
+        """Nothing: steps are whole."""
+        return False
 
     def shared_state_dict(self) -> StateDict:
         """What a worker that joins gets: all but what a rank has for itself."""

@@ -14,6 +14,7 @@ from ..feedback import MomentumCorrection
 from ..membership import Elastic
 from ..optim import CommOptimizer
 from ..outer import OuterScheme, OuterSync
+from ..outer.following import Follower, follow_members
 from ..reducer import Reducer
 from ..runtime.agreement import agree
 from ..schemes import Scheme, make_reducer, make_scheme
@@ -83,11 +84,11 @@ def attach(
 
     made = _made(scheme, knobs)
     _check_mesh(model, mesh)
-    _check_members(members, model, made, process_group)
+    _check_members(members, model, process_group)
     if isinstance(made, OuterScheme):
         if mesh is not None:
             process_group = replicas_of(model, mesh)
-        return _start(made, model, optimizer, process_group)
+        return _start(made, model, optimizer, process_group, members)
 
     def make() -> Reducer:
         reducer = made if isinstance(made, Reducer) else make_reducer(scheme, knobs)  # type: ignore[arg-type]
@@ -127,17 +128,14 @@ def _check_mesh(model: nn.Module, mesh: DeviceMesh | None) -> None:
 def _check_members(
     members: Elastic | None,
     model: nn.Module,
-    made: object,
     process_group: dist.ProcessGroup | None,
 ) -> None:
     if members is None:
         return
-    wrapped = isinstance(model, FSDPModule | FullyShardedDataParallel | DistributedDataParallel)
-    if wrapped or isinstance(made, OuterScheme):
-        what = type(model).__name__ if wrapped else "a scheme with local updates"
+    if isinstance(model, FSDPModule | FullyShardedDataParallel | DistributedDataParallel):
         raise TypeError(
-            f"{what} cannot follow members that change, as its groups are its own; give attach(members=...) the plain "
-            "module and a scheme that reduces at every step"
+            f"{type(model).__name__} cannot follow members that change, as its groups are its own; give "
+            "attach(members=...) the plain module"
         )
     if process_group is not None:
         raise TypeError("with members the group is that of all of them; leave process_group out")
@@ -199,6 +197,7 @@ def _start(
     model: nn.Module,
     optimizer: Optimizer | None,
     process_group: dist.ProcessGroup | None,
+    members: Elastic | None,
 ) -> OuterSync:
     """The method at work; a model that it cannot take is refused on every rank."""
     if optimizer is None:
@@ -207,10 +206,15 @@ def _start(
         )
     try:
         method = scheme(model, optimizer, process_group)
+        if members is not None:
+            follow_members(method, members)
     except Exception as error:
         agree(DistComm(require_group(process_group)), {}, error)
         raise
-    return method.start()
+    method.start()
+    if members is not None:
+        members.add(Follower(method))
+    return method
 
 
 def _refuse_double_momentum(reducer: Reducer, optimizer: Optimizer) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from ..connections import ConnectionsCut, Wiring
 from .errors import MembershipError, StoreLost, TrainingStopped, WorkerEvicted
@@ -27,7 +27,7 @@ class Agent:
         store: that all workers reach; a connection of the thread's own.
     """
 
-    def __init__(self, member: Member, store: dist.Store) -> None:
+    def __init__(self, member: Member, store: Store) -> None:
         self._member = member
         self._store = store
         self._changed = threading.Condition()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 from .. import connections
 from ..comm import CollectiveError, DistComm, made_in_wiring, require_group
@@ -32,11 +33,18 @@ _NEWS_S = 1.0  # how long an error waits for the news that explains it
 class Attached(Stateful, Protocol):
     """What follows the group, such as the handle of :func:`commkit.attach`."""
 
+    @property
+    def rounds(self) -> bool:
+        """Whether workers meet in rounds of several steps, in which losses are survived; else in every step."""
+
     def give_up(self) -> None:
         """Undo what the step under way has changed, if there is one. Local."""
 
     def rebuild(self) -> None:
         """Go on with the default group, which is another one now. Collective over it."""
+
+    def catch_up(self) -> bool:
+        """Do what the others are about to do in the middle of a step, after their state was received. False: nothing."""
 
 
 class Elastic(Session):
@@ -122,7 +130,7 @@ class Elastic(Session):
         place = Place.from_environment() if self._place is None else self._place
         patience_s = _STORE_PATIENCE * self.options.limit_s
         store = place.store(patience_s)
-        self._store = store.clone() if place.hosts else place.store(patience_s)
+        self._store = store.clone()  # type: ignore[attr-defined]
         self._hosts = place.hosts
         self._worker = f"{place.rank}-{secrets.token_hex(4)}"
         member = Member(self._worker, self.options, place.world_size, place.rank, time.monotonic())
@@ -167,11 +175,13 @@ class Elastic(Session):
         own |= {f"attached/{i}": each for i, each in enumerate(self._attached)}
         self._items = own | {f"state/{name}": item for name, item in state.items()}
         self._regroup()
+        # All of them, whatever they find.
+        self._number += any([attached.catch_up() for attached in self._attached])
         while self._number < total:
-            if not self.agent.ask(lambda m: m.working and m.view.epoch == self._current):
-                self._regroup()
-            self._settled = False
-            self.agent.order(lambda m: m.begin_step(time.monotonic()))
+            if not self._in_rounds:
+                self.catch_up()
+                self._settled = False
+                self.agent.ask(lambda m: m.begin_step(time.monotonic()))
             step = Step(self, self._number)
             yield step
             if not step.over:
@@ -187,6 +197,11 @@ class Elastic(Session):
         """
         self.agent.require_epoch(self._current)
 
+    def catch_up(self) -> None:
+        """Find together with the others again, if workers were lost or have joined. Collective then."""
+        if not self.agent.ask(lambda m: m.working and m.view.epoch == self._current):
+            self._regroup()
+
     def settle(self, comm: Comm) -> None:
         """The outcome of this step is here: make it count if all have it. Collective over ``comm``, one small
         all-reduce.
@@ -200,6 +215,11 @@ class Elastic(Session):
                 "a second optimizer step in one block: if it failed, the first would be done twice; use a block for "
                 "each"
             )
+        self.settle_round(comm)
+        self._settled = True
+
+    def settle_round(self, comm: Comm) -> None:
+        """As :meth:`settle`, of one of any number of rounds in a block."""
         agent, epoch = self.agent, self._current
         number = agent.ask(lambda m: m.committed) + 1
         if agent.ask(lambda m: m.prepare(epoch, number)):
@@ -210,23 +230,29 @@ class Elastic(Session):
                 agent.order(lambda m: m.fail(epoch, text))
             else:
                 if agent.ask(lambda m: m.commit(epoch, number)):
-                    self._settled = True
                     return
         agent.wait_for(lambda m: m.view.epoch > epoch)
         if agent.ask(lambda m: m.committed) < number:
             raise StepGivenUp(f"step {self._number} was given up: not all workers have its outcome")
-        self._settled = True
 
     # How it is done.
+
+    @property
+    def _in_rounds(self) -> bool:
+        return any(attached.rounds for attached in self._attached)
+
+    def survives_block(self, error: BaseException) -> bool:
+        """See :meth:`survive`. Between rounds there is nothing that a loss could make fail."""
+        return not self._in_rounds and self.survive(error)
 
     def finish_step(self) -> None:
         """The block of the present step has ended well."""
         self._number += 1
 
     def survive(self, error: BaseException) -> bool:
-        """Whether ``error`` came of a loss, which the others survive together with this worker; if so, the step that is
-        under way is undone."""
-        if isinstance(error, MembershipError) or not isinstance(error, RuntimeError):
+        """Whether ``error``, or what caused it, came of a loss, which the others survive together with this worker; if
+        so, the step that is under way is undone."""
+        if not isinstance(error, RuntimeError):
             return False
         try:
             self._explain(self._current, error)
@@ -272,7 +298,7 @@ class Elastic(Session):
         def world() -> dist.ProcessGroup:
             dist.init_process_group(
                 "gloo",
-                store=dist.PrefixStore(f"epoch/{epoch}", own),
+                store=PrefixStore(f"epoch/{epoch}", own),
                 rank=rank,
                 world_size=size,
             )
@@ -303,20 +329,20 @@ class Elastic(Session):
             RuntimeError: ``error`` itself, which has nothing to do with other workers.
             MembershipError: this worker takes no part any more.
         """
-        if isinstance(error, MembershipError):
-            raise error
-        agent = self.agent
+        agent, causes = self.agent, list(_causes(error))
+        for cause in causes:
+            if isinstance(cause, MembershipError):
+                raise cause
 
         def over(member: Member) -> bool:
             return member.view.epoch != epoch or not member.working
 
-        if isinstance(error, CollectiveError):
+        if any(isinstance(cause, CollectiveError) for cause in causes):
             reason = f"worker {self._worker}: {error}"
             agent.order(lambda m: m.fail(epoch, reason))
-        elif not isinstance(error, StepGivenUp | ConnectionsCut) and not agent.wait_for(
-            over, _NEWS_S
-        ):
-            raise error
+        elif not any(isinstance(cause, StepGivenUp | ConnectionsCut) for cause in causes):
+            if not agent.wait_for(over, _NEWS_S):
+                raise error
         agent.wait_for(over)
 
 
@@ -346,7 +372,7 @@ class Step:
         if error is None:
             self._members.finish_step()
             return False
-        return self._members.survive(error)
+        return self._members.survives_block(error)
 
 
 class _Counter:
@@ -360,3 +386,10 @@ class _Counter:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._members._number = state_dict["number"]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """``error``, and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__

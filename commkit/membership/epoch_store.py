@@ -7,11 +7,12 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 _POLL_S = 0.005
 
 
-class EpochStore(dist.Store):
+class EpochStore(Store):
     """Waiting for a worker that is gone would take torch's timeout; here it ends at once.
 
     Args:
@@ -19,7 +20,7 @@ class EpochStore(dist.Store):
         check: raises when waiting has become pointless.
     """
 
-    def __init__(self, inner: dist.Store, check: Callable[[], None]) -> None:
+    def __init__(self, inner: Store, check: Callable[[], None]) -> None:
         super().__init__()
         self._inner = inner
         self._check = check
@@ -45,7 +46,7 @@ class EpochStore(dist.Store):
         return self._inner.add(key, amount)
 
     def append(self, key: str, value: str | bytes) -> None:
-        self._inner.append(key, value)  # type: ignore[arg-type, attr-defined]
+        self._inner.append(key, value)  # type: ignore[attr-defined]
 
     def check(self, keys: list[str]) -> bool:
         return self._inner.check(list(keys))

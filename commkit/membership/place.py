@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 STORE = "COMMKIT_STORE"
 
@@ -59,16 +59,16 @@ class Place:
             rank, world_size, given["MASTER_ADDR"], port_number, rank == 0 and not agent, job
         )
 
-    def store(self, timeout_s: float) -> dist.Store:
+    def store(self, timeout_s: float) -> Store:
         """A connection to the store, which is hosted here if this is the place."""
-        store = dist.TCPStore(
+        store = TCPStore(
             self.host,
             self.port,
             is_master=self.hosts,
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
         )
-        return dist.PrefixStore(f"commkit/members/{self.job}", store)
+        return PrefixStore(f"commkit/members/{self.job}", store)
 
 
 def _number(given: Mapping[str, str], name: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -63,7 +64,7 @@ class View:
 
 
 Record: TypeAlias = Join | Leave | Alarm | Ready | View
-_KINDS: dict[str, type[Record]] = {
+_KINDS: dict[str, Callable[..., Record]] = {
     kind.__name__: kind for kind in (Join, Leave, Alarm, Ready, View)
 }
 

@@ -83,6 +83,9 @@ class Crew:
         os.kill(self._processes[rank].pid, number)
         return time.time()
 
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
     def wait_for(self, rank: int, what: Any) -> None:
         """Until ``rank`` has told ``what``."""
         while what not in self.told.get(rank, []):

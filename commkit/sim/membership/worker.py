@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 from ...membership import ElasticOptions, Member, View
 from .judge import Judge
@@ -136,9 +137,7 @@ class SimWorker:
         for peer in list(self._peers.values()):
             if peer is not self:
                 closed = peer._closed
-                self._network.send(
-                    name, peer.name, peer._guarded(lambda closed=closed: closed(epoch, name))
-                )
+                self._network.send(name, peer.name, peer._guarded(partial(closed, epoch, name)))
 
     def _closed(self, epoch: int, name: str) -> None:
         if self._formed and self._epoch == epoch:  # it has such a connection
@@ -151,9 +150,9 @@ class SimWorker:
         member, view = self.member, self.member.view
         if view.epoch != self._epoch and member.is_member:
             self._enter(view)
-        if not member.working or view.epoch != self._epoch:
-            # What it says of itself comes before what its connections say.
-            if self._formed and (member.evicted or self.name in member.ledger.ready):
+        # Until it has said so itself, it works on, whatever is known of the epoch by then.
+        if view.epoch != self._epoch or self.name in member.ledger.ready or not member.is_member:
+            if self._formed:  # what it says of itself comes before what its connections say
                 self._disconnect()
             return
         self._send("hello", 0, 0)
@@ -206,7 +205,7 @@ class SimWorker:
             self._train()
 
     def _computed(self, epoch: int, step: int) -> None:
-        if epoch == self._epoch and self.member.working:
+        if epoch == self._epoch:
             self._computing = False
             # The number is made of integers alone: hashes of text differ from run to run.
             self._send("part", step, hash((self._value, list(self._peers).index(self.name), epoch)))

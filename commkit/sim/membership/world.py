@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ...membership import ElasticOptions
 from ..clock import VirtualClock
@@ -77,7 +78,7 @@ class World:
             "join": lambda _: self._start_worker(),
         }
         for place in range(self.size):
-            self.clock.after(self.random.uniform(0, 1), lambda place=place: self._start(place))
+            self.clock.after(self.random.uniform(0, 1), partial(self._start_worker, place))
         for _ in range(self.random.randint(0, 8)):
             self.clock.after(self.random.uniform(0, _FAULTS_END_S), self._inject)
 
@@ -106,9 +107,6 @@ class World:
             self.faults,
             min(stops, default=""),
         )
-
-    def _start(self, place: int) -> None:
-        self._start_worker(place)
 
     def _start_worker(self, place: int = 0) -> None:
         name = f"w{len(self.workers)}"
