@@ -83,6 +83,10 @@ class Crew:
         os.kill(self._processes[rank].pid, number)
         return time.time()
 
+    def lose_store(self) -> None:
+        """Its host ends."""
+        del self._store
+
     def pause(self, seconds: float) -> None:
         time.sleep(seconds)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from commkit.membership import ElasticOptions
+from commkit.membership import ElasticOptions, hand_over
 
 from .crew import Crew
 from .training import QUICK, die, digest, loss_of, make_model, train
@@ -131,3 +131,53 @@ def test_a_worker_that_joins_has_the_others_state() -> None:
     assert numbers == list(range(numbers[0], 30))
     assert numbers[0] > 3
     assert _numbers(results[0]) == list(range(30))
+
+
+def _dies_while_it_receives(rank: int) -> None:
+    if rank == 2:
+        hand_over.receive = lambda *_: die()  # type: ignore[assignment]
+
+
+def _dies_while_it_sends(rank: int) -> None:
+    send = hand_over.send
+    calls: list[None] = []
+
+    def dying(*args: Any) -> None:
+        calls.append(None)
+        if len(calls) == 2:  # the first is at the start
+            die()
+        send(*args)
+
+    if rank == 0:
+        hand_over.send = dying
+
+
+def test_a_worker_dies_while_it_joins() -> None:
+    with Crew(train, 2, TOPK, 30, QUICK, None, 0.1, _dies_while_it_receives) as crew:
+        crew.wait_for(0, 3)
+        crew.start()
+        first, last = crew.finish(0, 1)
+    assert first["digest"] == last["digest"]
+    assert _numbers(first) == list(range(30))
+    assert _worlds(first)[-1] == 2
+    assert first["epoch"] == 3
+
+
+def test_the_source_dies_while_another_joins() -> None:
+    with Crew(train, 3, TOPK, 30, QUICK, None, 0.1, _dies_while_it_sends) as crew:
+        crew.wait_for(0, 3)
+        late = crew.start()
+        results = crew.finish(1, 2, late)
+    assert len({result["digest"] for result in results}) == 1
+    assert _worlds(results[0])[-1] == 3
+    assert _numbers(results[0]) == list(range(30))
+
+
+def test_the_store_is_lost() -> None:
+    with Crew(train, 2, TOPK, 200, QUICK, None, 0.1) as crew:
+        crew.wait_for(0, 3)
+        crew.lose_store()
+        for rank in range(2):
+            kind, message = crew.error_of(rank)
+            assert kind == "StoreLost"
+            assert "start the job again from a checkpoint" in message

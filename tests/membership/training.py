@@ -49,8 +49,12 @@ def train(
     options: ElasticOptions = QUICK,
     at_step: Callable[[int, int], None] | None = None,
     pause_s: float = 0.0,
+    at_start: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train; ``at_step(place.rank, number)`` is called in each block before the optimizer steps."""
+    """Train; ``at_step(place.rank, number)`` is called in each block before the optimizer steps, and
+    ``at_start(place.rank)`` before anything else."""
+    if at_start is not None:
+        at_start(place.rank)
     model = make_model()
     log: list[tuple[int, int, int]] = []
     with Elastic(options, place) as members:
