@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from commkit.comm import CollectiveError
 from commkit.membership import ElasticOptions, hand_over
 
 from .crew import Crew
@@ -118,6 +119,20 @@ def test_too_few_workers_stop_cleanly() -> None:
             assert kind == "TrainingStopped"
             assert "2 workers are left, fewer than min_workers=3" in message
             assert "after 3 steps" in message
+
+
+def _fails_again(rank: int, step: int) -> None:
+    if (rank, step) == (1, 3):
+        raise CollectiveError("shapes differ")
+
+
+def test_what_fails_again_and_again_stops_training() -> None:
+    with Crew(train, 2, TOPK, 6, QUICK, _fails_again) as crew:
+        for rank in range(2):
+            kind, message = crew.error_of(rank)
+            assert kind == "TrainingStopped"
+            assert "2 workers tried step 4 max_tries=5 times" in message
+            assert "shapes differ" in message
 
 
 def test_a_worker_that_joins_has_the_others_state() -> None:
