@@ -28,11 +28,12 @@ from torch.optim import Optimizer
 
 from .comm import DistComm
 from .reducer import Reducer
+from .runtime.redealing import merge
 from .runtime.shards import local, sharded_like
 from .sharded.partition import LAYOUT, PartitionState
 from .sharded.state import PLACE, Place, ShardedState, place_of
 from .structure import flatten, unflatten
-from .types import NODE, RANK, SHARD, WHOLE, Resizable, StateDict, Stateful
+from .types import Resizable, StateDict, Stateful
 
 SchemeState: TypeAlias = Reducer | ShardedState | PartitionState
 _REDUCER, _REPLICATED, _PER_RANK = "reducer", "replicated", "per_rank"
@@ -142,39 +143,6 @@ def latest(directory: str | Path) -> Path | None:
         m.parent for m in Path(directory).glob("*/.metadata") if m.parent.suffix != ".partial"
     ]
     return max(complete, default=None, key=lambda path: path.name)
-
-
-def merge(states: list[StateDict]) -> StateDict:
-    """One reducer state that any number of ranks can start from, made of the states of all old ranks.
-
-    ``rank/NAME`` is averaged (absent counts as zero), shards are put together into ``whole/NAME``,
-    ``node/NAME`` is averaged over the nodes, each of which has it once, into ``whole/NAME``, and everything
-    else is equal on all ranks and taken from the first that has it.
-    """
-    merged: StateDict = {}
-    shards: dict[str, dict[int, Tensor]] = {}
-    nodes: dict[str, list[Tensor]] = {}
-    for state in states:
-        for key, value in state.items():
-            if key.startswith(f"{RANK}/"):
-                share = value / len(states)
-                merged[key] = merged[key] + share if key in merged else share
-            elif f"/{SHARD}/" in key:
-                name, _, start = key.rpartition("@")
-                shards.setdefault(name, {})[int(start)] = value
-            elif f"/{NODE}/" in key:
-                nodes.setdefault(key.replace(f"/{NODE}/", f"/{WHOLE}/", 1), []).append(value)
-            else:
-                merged.setdefault(key, value)
-    for name, of_nodes in nodes.items():
-        merged[name] = torch.stack(of_nodes).mean(0)
-    for name, pieces in shards.items():
-        end = max(at + piece.numel() for at, piece in pieces.items())
-        whole = next(iter(pieces.values())).new_zeros(end)
-        for at, piece in pieces.items():
-            whole[at : at + piece.numel()] = piece
-        merged[name.replace(f"/{SHARD}/", f"/{WHOLE}/", 1)] = whole
-    return merged
 
 
 def _dealt_anew(

@@ -5,16 +5,18 @@ Each call counts the bytes that it sends and the time that it takes.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import connections
 from .metrics import profiler_range
 from .types import ByteCounter, ReduceOp
 
@@ -39,6 +41,29 @@ def nbytes(x: Tensor) -> int:
 def all_reduce_wire_bytes(size: int, world_size: int) -> int:
     """Bytes a rank sends in a ring all-reduce of ``size`` bytes: 2 (W-1)/W size."""
     return 2 * (world_size - 1) * size // world_size
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed: a peer is lost, or too late. The group is of no use any more."""
+
+
+def _collective(method: Callable[P, R]) -> Callable[P, R]:
+    """``method`` with torch's plain RuntimeError as a :class:`CollectiveError`."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CollectiveError(str(error)) from error
+
+    return call
 
 
 class DistComm:
@@ -73,6 +98,7 @@ class DistComm:
     def bytes(self) -> ByteCounter:
         return self._bytes
 
+    @_collective
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
         if self._world_size > 1:
             wire = all_reduce_wire_bytes(nbytes(x), self._world_size)
@@ -80,6 +106,7 @@ class DistComm:
                 dist.all_reduce(x, op=_OPS[op], group=self.group)
         return x
 
+    @_collective
     def all_gather(self, x: Tensor) -> Tensor:
         if self._world_size == 1:
             return x.unsqueeze(0)
@@ -88,12 +115,14 @@ class DistComm:
             _all_gather_single(out, x, group=self.group)
         return out.view(self._world_size, -1)
 
+    @_collective
     def all_gather_into(self, out: Tensor, x: Tensor, async_op: bool = False) -> dist.Work | None:
         """As FSDP gathers: ``x``, (n,), of all ranks into ``out``, (world_size n,). The handle if ``async_op``."""
         with self._counted("all_gather", nbytes(x), (self._world_size - 1) * nbytes(x)):
             work: dist.Work | None = _all_gather_single(out, x, group=self.group, async_op=async_op)
         return work
 
+    @_collective
     def reduce_scatter_into(
         self, out: Tensor, x: Tensor, op: Any, async_op: bool = False
     ) -> dist.Work | None:
@@ -114,6 +143,7 @@ class DistComm:
         other._bytes, other._label = self._bytes, f"{self._label}{label}/"
         return other
 
+    @_collective
     def all_to_all(
         self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
     ) -> list[Tensor]:
@@ -125,6 +155,7 @@ class DistComm:
             dist.all_to_all_single(out, x, list(recv_sizes), list(send_sizes), group=self.group)
         return list(out.split_with_sizes(list(recv_sizes)))
 
+    @_collective
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         if self._world_size > 1:
             wire = (self._world_size - 1) * nbytes(x) // self._world_size
@@ -174,11 +205,13 @@ class DistComm:
     def _op(self, op: Callable[..., Any], x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, x, group=self.group, group_peer=peer)
 
+    @_collective
     def all_gather_object(self, obj: Any) -> list[Any]:
         gathered: list[Any] = [None] * self._world_size
         dist.all_gather_object(gathered, obj, group=self.group)
         return gathered
 
+    @_collective
     def barrier(self) -> None:
         dist.barrier(group=self.group)
 
@@ -234,11 +267,28 @@ def new_group_like(
     """A private group of the same backend over the same ranks, or over those of ``group``'s ranks.
     Collective over its members alone, not over WORLD."""
     members = dist.get_process_group_ranks(group)
-    created = dist.new_group(
-        ranks=members if ranks is None else [members[rank] for rank in ranks],
-        timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
-        backend=dist.get_backend(group),
-        use_local_synchronization=True,
-    )
-    assert isinstance(created, torch.distributed.ProcessGroup)
-    return created
+
+    def make() -> dist.ProcessGroup:
+        created = dist.new_group(
+            ranks=members if ranks is None else [members[rank] for rank in ranks],
+            timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
+            backend=dist.get_backend(group),
+            use_local_synchronization=True,
+        )
+        assert isinstance(created, torch.distributed.ProcessGroup)
+        return created
+
+    return made_in_wiring(make)
+
+
+def made_in_wiring(make: Callable[[], dist.ProcessGroup], watch: bool = False) -> dist.ProcessGroup:
+    """The group that ``make`` makes, its connections known to the wiring that is in use, if any; collective over
+    the group then. ``watch``: see :meth:`commkit.connections.Wiring.keep`."""
+    wiring = connections.current()
+    if wiring is None:
+        return make()
+    with wiring.opening() as opened:
+        group = make()
+    own = [c.local for c in opened]
+    wiring.keep(opened, DistComm(group).all_gather_object(own), watch)
+    return group

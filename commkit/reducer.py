@@ -241,6 +241,12 @@ class Reducer:
         self._begin_step()
         return stats
 
+    def abandon(self) -> None:
+        """Give up the step under way as if it had never begun: after a failed reduction, to do it again."""
+        step, skipped, compressed = self.step, self.skipped, self.compressed
+        self.end_step(keep=False)
+        self.step, self.skipped, self.compressed = step, skipped, compressed
+
     def forget(self, keys: Collection[str]) -> None:
         """Drop whatever is unsent of ``keys``: what is reduced under these names is another thing from now
         on. Call it on all ranks, before their reduction of a step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,15 +18,17 @@ def agree_to_attach(
     comm: Comm,
     make_reducer: Callable[[], Reducer],
     find_parameters: Callable[[], dict[str, nn.Parameter]],
+    resumed: bool = True,
 ) -> tuple[Reducer, dict[str, nn.Parameter]]:
     """Build what is to be attached; if that fails on any rank, or ranks differ, all raise. Collective.
+    ``resumed``: all must have as many steps behind them.
 
     Raises:
         RuntimeError: attached before, or another rank was refused, or ranks disagree.
         Exception: whatever the two functions raise.
     """
     error: Exception | None = None
-    fingerprint: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     try:
         refuse_attached(module)
         reducer = make_reducer()
@@ -34,14 +36,20 @@ def agree_to_attach(
         optimizer = getattr(reducer, "optimizer", None)
         if isinstance(optimizer, CommOptimizer):
             optimizer.bind(parameters, comm)
-        fingerprint = {
-            "scheme": reducer.spec(),
-            "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in parameters.items()},
-            "step": reducer.step,
-        }
+        told = fingerprint(reducer, parameters)
+        if resumed:
+            told["step"] = reducer.step
     except Exception as caught:
         error = caught
-    agree(comm, fingerprint, error)
+    agree(comm, told, error)
     if isinstance(optimizer, CommOptimizer):
         optimizer.set_up()
     return reducer, parameters
+
+
+def fingerprint(reducer: Reducer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """What must be equal on all ranks."""
+    return {
+        "scheme": reducer.spec(),
+        "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in parameters.items()},
+    }

@@ -308,7 +308,9 @@ class OptimizerReducer(Reducer):
 
     def spec(self) -> dict[str, Any]:
         assert self.optimizer is not None
-        settings = {k: v for k, v in self.optimizer.defaults.items() if k != "lr"}
+        # The second is torch's own, and there only once state was loaded.
+        skipped = ("lr", "differentiable")
+        settings = {k: v for k, v in self.optimizer.defaults.items() if k not in skipped}
         return super().spec() | {
             "optimizer": {
                 "name": type(self.optimizer).__name__,

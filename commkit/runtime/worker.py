@@ -155,6 +155,7 @@ class ReductionWorker:
         except BaseException as error:  # whatever it was, the peers must hear of it
             _log.error("a reduction failed on this rank", exc_info=error)
             failure = RankFailure(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
             self._fail(self._alarm.ring(failure))
         else:
             with self._lock:
