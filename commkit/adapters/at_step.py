@@ -82,8 +82,10 @@ def attach_at_step(
     optimizer: Optimizer,
     process_group: dist.ProcessGroup | None,
     timeout_s: float,
+    stepped: Callable[[], dict[str, nn.Parameter]] | None = None,
 ) -> StepHandle:
-    """See :func:`commkit.attach`."""
+    """See :func:`commkit.attach`. ``stepped`` finds what the optimizer steps by parameter name, where that is not
+    the model's parameters."""
     group = require_group(process_group)
 
     def parameters() -> dict[str, nn.Parameter]:
@@ -96,7 +98,9 @@ def attach_at_step(
             )
         return found
 
-    reducer, found = agree_to_attach(model, DistComm(group), make, parameters)
+    reducer, found = agree_to_attach(
+        model, DistComm(group), make, parameters if stepped is None else stepped
+    )
     handle = StepHandle(reducer, found, optimizer, group, timeout_s)
     mark_attached(model)
     return handle

@@ -87,7 +87,7 @@ def attach(
     def make() -> Reducer:
         reducer = made if isinstance(made, Reducer) else make_reducer(scheme, knobs)  # type: ignore[arg-type]
         if optimizer is not None:
-            _refuse_double_momentum(reducer, optimizer)
+            refuse_double_momentum(reducer, optimizer)
         return reducer
 
     if isinstance(model, FSDPModule | FullyShardedDataParallel):
@@ -189,7 +189,11 @@ def _start(
     return method.start()
 
 
-def _refuse_double_momentum(reducer: Reducer, optimizer: Optimizer) -> None:
+def refuse_double_momentum(reducer: Reducer, optimizer: Optimizer) -> None:
+    """
+    Raises:
+        ValueError: both would apply momentum.
+    """
     if not isinstance(reducer.feedback, MomentumCorrection):
         return
     for group in optimizer.param_groups:
