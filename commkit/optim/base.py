@@ -21,7 +21,7 @@ from ..reducer import Reducer
 from ..runtime.shards import local, sharded_like
 from ..types import RANK, Aggregator, Comm, Feedback, StateDict
 
-Parameters: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]]"
+Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 _REDUCER, _RANK, _WORLD_SIZE = "reducer", "rank", "world_size"
 _OWN = "optimizer::"

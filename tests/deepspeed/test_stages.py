@@ -156,4 +156,4 @@ def test_one_pass_per_step_below_stage_2_and_one_per_backward_from_there_on(outc
             2: 2 * size,
             3: 2 * size,
         }
-        assert all(payload < dense / 8 for _, payload, dense in told.values())
+        assert all(payload < dense / 4 for _, payload, dense in told.values())

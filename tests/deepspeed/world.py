@@ -15,7 +15,11 @@ from torch import nn
 from ..adapters import problem
 from ..harness import run_ranks
 
-SILENT = {"steps_per_print": 10**9, "train_micro_batch_size_per_gpu": 16}
+SILENT = {
+    "steps_per_print": 10**9,
+    "train_micro_batch_size_per_gpu": 16,
+    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
+}
 
 
 def prepare(rank: int, world_size: int) -> None:

@@ -27,6 +27,7 @@ from .settings import BLOCK, Block, plain, read_block, stage_of
 
 _PORT = 29500  # DeepSpeed's default
 _CONFIG_ARGUMENTS = ("deepspeed_config", "deepscale_config")
+_CLIP_KNOBS = ("max_grad_norm", "clip_norm")
 _log = logging.getLogger(__name__)
 
 
@@ -143,8 +144,11 @@ def make_plan(
     if block is None:
         if not isinstance(optimizer, CommOptimizer):
             return Plan(config, optimizer)
-        _require_stage_0(optimizer, config)
-        return Plan(config, optimizer, Block(scheme=type(optimizer).__name__), optimizer)
+        name = type(optimizer).__name__
+        require_stage(OptimizerScheme(type(optimizer)), name, stage_of(config))
+        norm = _clip_norm(config)
+        told = (_clips_own(norm),) if norm > 0 else ()
+        return Plan(config, optimizer, Block(scheme=name), optimizer, told)
     if model is None:
         raise ValueError("model is missing; give the module to train")
     name = block.scheme if isinstance(block.scheme, str) else str(block.scheme.get("name"))
@@ -189,7 +193,13 @@ def _block_of(config: dict[str, Any], optimizer: Any) -> tuple[Block | None, lis
             "with another; leave one of them out"
         )
     translation = translate(former)
-    return read_block({**translation.block, **data}), translation.notes
+    notes = list(translation.notes)
+    if "gradient_clipping" not in config:
+        config["gradient_clipping"] = 0.0
+        notes.append(
+            "gradient_clipping is off, as it was when nothing was said; DeepSpeed's default is now 1.0"
+        )
+    return read_block({**translation.block, **data}), notes
 
 
 def _scheme_of(block: Block, name: str) -> Served:
@@ -211,11 +221,6 @@ def _refuse_other_optimizer(config: dict[str, Any], optimizer: Any, name: str) -
             f"commkit.scheme.name={name!r} is an optimizer itself, and {other} is another; leave that out and put "
             'lr, weight_decay ... into "commkit": {"optimizer": {...}}'
         )
-
-
-def _require_stage_0(optimizer: CommOptimizer, config: dict[str, Any]) -> None:
-    name = type(optimizer).__name__
-    require_stage(OptimizerScheme(type(optimizer)), name, stage_of(config))
 
 
 def _built(
@@ -241,22 +246,40 @@ def _clipping(
 ) -> tuple[OptimizerScheme, dict[str, Any], list[str]]:
     """DeepSpeed clips what it finds before the optimizer steps, which here is this rank's own gradient. Where the
     optimizer knows a better way, it is the one to clip."""
-    norm = float(config.get("gradient_clipping", 0.0))
-    if norm <= 0:
-        return scheme, config, []
+    norm = _clip_norm(config)
     asked = block.scheme if isinstance(block.scheme, dict) else {}
     own, how = _own_clipping(scheme.optimizer, norm, asked)
+    twice = {knob: asked[knob] for knob in own if knob in _CLIP_KNOBS and asked.get(knob)}
+    for knob, value in twice.items():
+        if pipeline:
+            raise ConfigError(
+                f"{BLOCK}.scheme.{knob}={value} is of the whole gradient, of which a pipeline stage has a part; use "
+                "gradient_clipping of ds_config"
+            )
+        if norm > 0 and "gradient_clipping" in config:
+            raise ConfigError(
+                f"gradient_clipping={norm:g} of ds_config and {BLOCK}.scheme.{knob}={value} both clip; leave one out"
+            )
+    if norm <= 0:
+        return scheme, config, []
     if pipeline or not own:  # of a pipeline's gradient DeepSpeed alone knows the norm
-        note = f"gradient_clipping={norm:g} is of every rank's own gradient, before it is sent"
-        return scheme, config, [note]
-    knob = next(iter(own))
-    if asked.get(knob):
-        raise ConfigError(
-            f"gradient_clipping={norm:g} of ds_config and commkit.scheme.{knob}={asked[knob]} both clip; leave one out"
-        )
-    clipping = dataclasses.replace(scheme, knobs={**scheme.knobs, **own})
-    note = f"gradient_clipping={norm:g} is done by the optimizer, of {how}"
-    return clipping, config | {"gradient_clipping": 0.0}, [note]
+        return scheme, config, [_clips_own(norm)]
+    off = config | {"gradient_clipping": 0.0}
+    if twice:
+        return scheme, off, []
+    scheme = dataclasses.replace(scheme, knobs={**scheme.knobs, **own})
+    return scheme, off, [f"gradient_clipping={norm:g} is done by the optimizer, of {how}"]
+
+
+def _clip_norm(config: dict[str, Any]) -> float:
+    """To which DeepSpeed clips, 1.0 if the config does not say; it was 0 once."""
+    from deepspeed.runtime import constants  # type: ignore[import-untyped]
+
+    return float(config.get(constants.GRADIENT_CLIPPING, constants.GRADIENT_CLIPPING_DEFAULT))
+
+
+def _clips_own(norm: float) -> str:
+    return f"gradient_clipping={norm:g} is of every rank's own gradient, before it is sent"
 
 
 def _own_clipping(

@@ -58,7 +58,7 @@ def require_method(owner: Any, name: str, parameters: tuple[str, ...]) -> Any:
         DeepSpeedVersionError: there is none, or it takes others.
     """
     method = getattr(owner, name, None)
-    found = None if method is None else tuple(inspect.signature(method).parameters)
+    found = None if method is None else _parameters(method)
     if found != parameters:
         what = "is missing" if found is None else f"takes {found}"
         raise DeepSpeedVersionError(
@@ -66,3 +66,12 @@ def require_method(owner: Any, name: str, parameters: tuple[str, ...]) -> Any:
             f"pip install '{_PACKAGE}', or tell commkit's authors about this version"
         )
     return method
+
+
+def _parameters(method: Any) -> tuple[str, ...]:
+    """Without ``self``. DeepSpeed's decorator for profiling hides them in a closure."""
+    hidden = inspect.getclosurevars(inspect.unwrap(getattr(method, "__func__", method)))
+    inside = hidden.nonlocals.get("func")
+    if inside is not None:
+        return tuple(inspect.signature(inside).parameters)[1:]
+    return tuple(inspect.signature(method).parameters)
