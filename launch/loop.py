@@ -230,12 +230,17 @@ class Trainer:
             for buffer in self.module.buffers():
                 self.comm.broadcast(buffer, src=0)
         mine = self.task.validation(self.rank, self.comm.world_size)
-        if isinstance(self.model, FSDPModule):
+        if self.forward_is_collective:
             mine = self.as_many_for_all(mine)
         sums = measured(self.module, self.task, mine, self.device, self.settings)
         *totals, count = self.sum_over_ranks(sums).tolist()
         self.progress.tick()
         return {name: total / count for name, total in zip(self.task.metrics, totals, strict=True)}
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether ranks gather weights for each other in forward."""
+        return isinstance(self.model, FSDPModule)
 
     def as_many_for_all(self, mine: Iterator[Tensor]) -> Iterator[Tensor]:
         """``mine``, and then empty batches, so that all ranks of a sharded model run forward equally often."""

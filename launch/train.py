@@ -97,11 +97,14 @@ def main(words: Sequence[str] | None = None) -> None:
         train(trainer)
 
 
-def prepare(arguments: Arguments) -> Job:
-    """Check everything that can be checked alone."""
+def prepare(
+    arguments: Arguments, read: "Callable[[Arguments], TrainSettings] | None" = None
+) -> Job:
+    """Check everything that can be checked alone. ``read`` makes settings of the arguments, where they do not name a
+    recipe."""
     world = World.from_environment()
     try:
-        settings = read_settings(arguments)
+        settings = (read or read_settings)(arguments)
         baselines.check(settings.scheme, arguments.resume)
         run = RunDirectory(arguments.out or Path("runs") / arguments.config.stem)
         if arguments.resume:

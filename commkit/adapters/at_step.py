@@ -140,8 +140,10 @@ def attach_at_step(
     process_group: dist.ProcessGroup | None,
     timeout_s: float,
     members: Elastic | None = None,
+    stepped: Callable[[], dict[str, nn.Parameter]] | None = None,
 ) -> StepHandle:
-    """See :func:`commkit.attach`."""
+    """See :func:`commkit.attach`. ``stepped`` finds what the optimizer steps by parameter name, where that is not
+    the model's parameters."""
     group = require_group(process_group)
 
     def reducer_for() -> Reducer:
@@ -164,7 +166,11 @@ def attach_at_step(
         return found
 
     reducer, found = agree_to_attach(
-        model, DistComm(group), reducer_for, parameters, resumed=members is None
+        model,
+        DistComm(group),
+        reducer_for,
+        parameters if stepped is None else stepped,
+        resumed=members is None,
     )
     handle = StepHandle(reducer, found, optimizer, group, timeout_s, members)
     mark_attached(model)

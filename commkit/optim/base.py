@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -20,7 +21,7 @@ from ..reducer import Reducer
 from ..runtime.shards import local, sharded_like
 from ..types import RANK, Aggregator, Comm, Feedback, StateDict
 
-Parameters: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]]"
+Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 _REDUCER, _RANK, _WORLD_SIZE = "reducer", "rank", "world_size"
 _OWN = "optimizer::"
@@ -59,6 +60,7 @@ class CommOptimizer(Optimizer):
         self._parameters: dict[str, nn.Parameter] = {}
         self._groups: dict[str, dict[str, Any]] = {}
         self._saved_by: tuple[int, int] | None = None  # of state loaded before attach
+        self._dormant = False
 
     @property
     def attached(self) -> bool:
@@ -153,6 +155,16 @@ class CommOptimizer(Optimizer):
                     f"parameter {min(missing)!r} is in no rank's optimizer; add it, or freeze it"
                 )
 
+    @contextmanager
+    def dormant(self) -> Iterator[None]:
+        """Inside the block steps do nothing: wrappers step once when they are built, to see state appear, and
+        that is before anything can be attached."""
+        self._dormant = True
+        try:
+            yield
+        finally:
+            self._dormant = False
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Apply what backward left in ``p.grad``. A step whose reduction was not finite changes nothing,
@@ -161,6 +173,8 @@ class CommOptimizer(Optimizer):
         Raises:
             RuntimeError: not attached.
         """
+        if self._dormant:
+            return None
         if not self.attached:
             raise RuntimeError(
                 f"{type(self).__name__} communicates but is not attached; call "

@@ -1,0 +1,159 @@
+"""The same scheme, model and data at every ZeRO stage, through DDP, and through DeepSpeed without commkit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ..adapters import problem
+from . import world
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.timeout(300)
+STEPS = range(5)
+STAGES = (0, 1, 2, 3)
+
+
+def _adam(net: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def _through_ddp(rank: int, scheme: Any) -> tuple[list[float], torch.Tensor]:
+    import commkit
+
+    net = DistributedDataParallel(problem.model())
+    handle = commkit.attach(net, scheme)
+    losses = problem.train(net, STEPS, rank, optimizer=_adam(net))
+    handle.close()
+    return losses, problem.parameters(net)
+
+
+def _through_deepspeed(
+    rank: int, scheme: Any, stage: int, accumulate: int = 1, **changes: Any
+) -> tuple[list[float], torch.Tensor, Any]:
+    net = problem.model()
+    block = {} if scheme is None else {"commkit": {"scheme": scheme}}
+    config = world.config(stage, gradient_accumulation_steps=accumulate, **block, **changes)
+    engine = world.engine_of(net, config, _adam(net))
+    losses = world.train(engine, STEPS, rank, accumulate)
+    return losses, world.weights(engine), engine
+
+
+SCHEMES: tuple[Any, ...] = ("ddp", "int8", "sign", {"name": "powersgd", "rank": 2}, "topk")
+
+
+def against_ddp(rank: int) -> dict[str, bool]:
+    """One reduction a step, on the same gradients: the same bits, in buckets of any size."""
+    same = {}
+    for scheme in SCHEMES:
+        losses, weights = _through_ddp(rank, scheme)
+        for stage in STAGES:
+            zero = {"reduce_bucket_size": 7000} if stage else {}
+            mine, reached, _ = _through_deepspeed(rank, scheme, stage, zero_optimization=zero)
+            same[f"{scheme} at stage {stage}"] = mine == losses and torch.equal(reached, weights)
+    return same
+
+
+def norms_of_whole_gradients(rank: int) -> dict[int, bool]:
+    """A scheme that must see all gradients at once gets them, however small the buckets were meant to be."""
+    scheme = {"name": "powersgd", "rank": 2, "max_grad_norm": 0.05}
+    losses, weights = _through_ddp(rank, scheme)
+    same = {}
+    for stage in STAGES:
+        zero = {"reduce_bucket_size": 7000} if stage else {}
+        mine, reached, _ = _through_deepspeed(rank, scheme, stage, zero_optimization=zero)
+        same[stage] = mine == losses and torch.equal(reached, weights)
+    return same
+
+
+def against_deepspeed(rank: int) -> dict[str, bool]:
+    """Accumulation, clipping and bf16 are DeepSpeed's own: without compression nothing differs from it."""
+    same = {}
+    for precision in ({}, {"bf16": {"enabled": True}}):
+        for stage in STAGES:
+            options: dict[str, Any] = {"gradient_clipping": 0.05, **precision}
+            losses, weights, _ = _through_deepspeed(rank, None, stage, 2, **options)
+            mine, reached, engine = _through_deepspeed(rank, "ddp", stage, 2, **options)
+            same[f"stage {stage} {precision}"] = mine == losses and torch.equal(reached, weights)
+            engine.commkit.close()
+    return same
+
+
+def passes_and_bytes(rank: int) -> dict[int, tuple[int, int, int]]:
+    """With two micro-batches: reductions behind us, and payload against dense bytes of the last step."""
+    told = {}
+    for stage in STAGES:
+        _, _, engine = _through_deepspeed(rank, "sign", stage, 2)
+        stats = engine.commkit.last_step
+        told[stage] = (engine.commkit.reducer.step, stats.payload_bytes, stats.dense_bytes)
+    return told
+
+
+def after_close(rank: int) -> dict[int, bool]:
+    """DeepSpeed averages by itself again, and the model can be attached to anew."""
+    same = {}
+    for stage in STAGES:
+        losses, _, _ = _through_deepspeed(rank, None, stage)
+        net = problem.model()
+        engine = world.engine_of(net, world.config(stage, commkit={"scheme": "noop"}), _adam(net))
+        engine.commkit.close()
+        same[stage] = world.train(engine, STEPS, rank) == losses
+    return same
+
+
+def attached_by_hand(rank: int) -> bool:
+    """An engine that somebody else has built."""
+    import deepspeed
+
+    import commkit.deepspeed
+
+    losses, _ = _through_ddp(rank, "sign")
+    net = problem.model()
+    engine, *_ = deepspeed.initialize(
+        model=net,
+        optimizer=_adam(net),
+        config=world.config(2, zero_optimization={"reduce_scatter": False}),
+    )
+    commkit.deepspeed.attach(engine, "sign")
+    return world.train(engine, STEPS, rank) == losses
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> world.Outcomes:
+    return world.Outcomes(
+        2,
+        against_ddp,
+        norms_of_whole_gradients,
+        against_deepspeed,
+        passes_and_bytes,
+        after_close,
+        attached_by_hand,
+    )
+
+
+@pytest.mark.parametrize(
+    "case", [against_ddp, norms_of_whole_gradients, against_deepspeed, after_close]
+)
+def test_the_same_bits(outcomes, case):
+    for same in outcomes.of(case):
+        assert not [name for name, equal in same.items() if not equal]
+
+
+def test_an_engine_of_somebody_else(outcomes):
+    assert outcomes.of(attached_by_hand) == [True, True]
+
+
+def test_one_pass_per_step_below_stage_2_and_one_per_backward_from_there_on(outcomes):
+    size = problem.parameters(problem.model()).numel() * 4
+    for told in outcomes.of(passes_and_bytes):
+        assert {stage: step for stage, (step, *_) in told.items()} == {0: 5, 1: 5, 2: 10, 3: 10}
+        assert {stage: dense for stage, (_, _, dense) in told.items()} == {
+            0: size,
+            1: size,
+            2: 2 * size,
+            3: 2 * size,
+        }
+        assert all(payload < dense / 4 for _, payload, dense in told.values())
