@@ -195,9 +195,7 @@ def set_up(job: Job) -> EngineTrainer:
         except ValueError as error:
             raise SetupError(str(error)) from error
     if world.rank == 0:
-        job.run.prepare(settings.model_dump(mode="json"), trainer.progress.step)
-        train.open_sinks(trainer)
-        print(train.describe(trainer), flush=True)
+        train.open_records(trainer)
     return trainer
 
 

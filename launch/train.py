@@ -185,13 +185,23 @@ def set_up(job: Job) -> Trainer:
         except ValueError as error:
             raise SetupError(str(error)) from error
     if world.rank == 0:
-        job.run.prepare(settings.model_dump(mode="json"), trainer.progress.step)
-        try:
-            trainer.sinks, trainer.validation_sinks = open_sinks(job.run, settings)
-        except RuntimeError as error:
-            raise SetupError(str(error)) from error
-        print(describe(trainer), flush=True)
+        open_records(trainer)
     return trainer
+
+
+def open_records(trainer: Trainer) -> None:
+    """Make the run's directory ready for records, and say what is about to run. On rank 0.
+
+    Raises:
+        SetupError: a sink cannot be opened.
+    """
+    settings = trainer.settings
+    trainer.run.prepare(settings.model_dump(mode="json"), trainer.progress.step)
+    try:
+        trainer.sinks, trainer.validation_sinks = open_sinks(trainer.run, settings)
+    except RuntimeError as error:
+        raise SetupError(str(error)) from error
+    print(describe(trainer), flush=True)
 
 
 def role_of(job: Job) -> Callable[[], None] | None:

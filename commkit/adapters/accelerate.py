@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
-from accelerate.utils import (  # type: ignore[import-untyped]
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
 )

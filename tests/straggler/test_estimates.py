@@ -82,7 +82,6 @@ def test_smoothness_is_clamped() -> None:
     assert rising.loss_growth > 0.01 > 0 > falling.loss_growth
 
 
-
 def test_a_rise_that_the_noise_of_the_batches_explains_is_none() -> None:
     """Losses of eight workers spread by 10 %, so that a half window's mean moves by about 2.5 %."""
     state = np.random.RandomState(0)

@@ -146,7 +146,7 @@ def _attach_optimizer(engine: Any, optimizer: CommOptimizer, block: Block) -> tu
         optimizer,
         _data_parallel_group(engine),
         block.timeout_s,
-        lambda: stepped,
+        stepped=lambda: stepped,
     )
     # DeepSpeed saves rank 0's optimizer for all ranks, so residuals must not be in it.
     optimizer.state_dict = optimizer.shared_state_dict  # type: ignore[method-assign]

@@ -273,7 +273,7 @@ def _clipping(
 
 def _clip_norm(config: dict[str, Any]) -> float:
     """To which DeepSpeed clips, 1.0 if the config does not say; it was 0 once."""
-    from deepspeed.runtime import constants  # type: ignore[import-untyped]
+    from deepspeed.runtime import constants
 
     return float(config.get(constants.GRADIENT_CLIPPING, constants.GRADIENT_CLIPPING_DEFAULT))
 

@@ -18,7 +18,7 @@ def stepped_by(engine: Any) -> dict[str, nn.Parameter]:
     Raises:
         TypeError: the copies are flat, so that they are nobody's.
     """
-    from deepspeed.runtime.fp16.unfused_optimizer import (  # type: ignore[import-untyped]
+    from deepspeed.runtime.fp16.unfused_optimizer import (
         FP16_UnfusedOptimizer,
     )
 

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from ...checkpoint import CheckpointError, merge, restore_items, shared_state_of
+from ...checkpoint import CheckpointError, restore_items, shared_state_of
 from ...comm import DistComm
 from ...reducer import Reducer
+from ...runtime.redealing import merge
 from ...runtime.shards import local
 from ...structure import flatten
 from ...types import Resizable, StateDict
