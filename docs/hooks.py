@@ -155,22 +155,39 @@ def _knobs(factory: Any, described: dict[str, str]) -> list[str]:
     return lines
 
 
-def _docstring(factory: Any) -> tuple[str, dict[str, str]]:
-    """The text before ``Args:``, and what that says of each argument; under "" what it says of all.
+def _docstring(documented: Any) -> tuple[str, dict[str, str]]:
+    """The text of a docstring before its sections, and what is said of each argument; under "" what is said of all.
 
-    Where it says "those of" a class, that class's arguments are meant.
+    An argument's meaning is where the docstring says it: in its own lines, as "``x`` is ..." after "Args: those of" a
+    class, at that class, at the scheme of "as for ``x``", or at a class that the text names.
     """
-    text = inspect.getdoc(factory) or ""
-    prose = re.split(r"^(?:Args|Raises):", text, maxsplit=1, flags=re.MULTILINE)[0]
-    rest = text.partition("Args:")[2]
-    described: dict[str, str] = {}
-    stated = " ".join(rest.split("\n\n")[0].split()) if rest.lstrip(" ")[:1] != "\n" else ""
-    for path in re.findall(r"~?(commkit\.[\w.]+)", stated):
-        described |= _arguments((inspect.getdoc(_resolve(path)) or "").partition("Args:")[2])
+    text = inspect.getdoc(documented) or ""
+    prose = re.split(r"^(?:Args|Raises|Attributes|Returns):", text, maxsplit=1, flags=re.MULTILINE)[
+        0
+    ]
+    section = text.partition("Args:")[2]
+    stated = ""
+    if section and not section.startswith("\n"):
+        stated = " ".join(section.split("\n\n")[0].split())
+    found: dict[str, str] = {}
+    for path in _classes(prose) + _classes(stated):
+        found |= _docstring(_resolve(path))[1]
+    for scheme in re.findall(r"as for ``(\w+)``", stated):
+        found |= {
+            k: v for k, v in _docstring(lookup("scheme", scheme))[1].items() if k not in found
+        }
+    for names, meaning in re.findall(r"((?:``\w+``(?:, | and )?)+) (?:is|are|has) ([^;]*)", stated):
+        for name in re.findall(r"``(\w+)``", names):
+            if name not in found or not meaning.startswith("its "):  # which says where it is found
+                found[name] = meaning.split(". ")[0]
+    found.pop("", None)
     if stated:
-        described[""] = f"Args: {stated}".replace("Args: those", "They are those")
-    described |= _arguments(rest)
-    return _prose(prose), described
+        found[""] = f"They are {stated}"
+    return _prose(prose), found | _arguments(section)
+
+
+def _classes(text: str) -> list[str]:
+    return re.findall(r":class:`~?(commkit\.[\w.]+)`", text)
 
 
 def _arguments(text: str) -> dict[str, str]:
