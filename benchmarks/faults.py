@@ -121,7 +121,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numel", type=int, default=1_000_000, help="elements of the gradient")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--limit-s", type=float, default=2.0, help="when a stopped worker is left out"
+        "--limit-s", type=float, default=5.0, help="when a stopped worker is left out"
     )
 
 
