@@ -128,9 +128,19 @@ class Wiring:
         watch: bool = False,
     ) -> None:
         """Of ``opened``, those that lead to ``addresses``, of each rank, are the group's. With ``watch`` they are left
-        alone by :meth:`cut`, so that they are closed only when a process ends: nothing may wait on them."""
+        alone by :meth:`cut`, so that they are closed only when a process ends: nothing may wait on them.
+
+        Raises:
+            RuntimeError: there is none to some rank.
+        """
         owner = {a: rank for rank, theirs in enumerate(addresses) for a in theirs}
         ours = [(owner[c.peer], c) for c in opened if c.peer in owner]
+        found = {rank for rank, _ in ours}
+        if len(found) < len(addresses) - 1:
+            raise RuntimeError(
+                f"of {len(addresses) - 1} other ranks, connections are known to {sorted(found)} alone, so a loss would "
+                "not be noticed; unset TORCH_GLOO_LAZY_INIT, and let no address be translated between ranks"
+            )
         with self._lock:
             if watch:
                 self._watched = ours

@@ -18,10 +18,8 @@ def agree_to_attach(
     comm: Comm,
     make_reducer: Callable[[], Reducer],
     find_parameters: Callable[[], dict[str, nn.Parameter]],
-    resumed: bool = True,
 ) -> tuple[Reducer, dict[str, nn.Parameter]]:
     """Build what is to be attached; if that fails on any rank, or ranks differ, all raise. Collective.
-    ``resumed``: all must have as many steps behind them.
 
     Raises:
         RuntimeError: attached before, or another rank was refused, or ranks disagree.
@@ -36,9 +34,7 @@ def agree_to_attach(
         optimizer = getattr(reducer, "optimizer", None)
         if isinstance(optimizer, CommOptimizer):
             optimizer.bind(parameters, comm)
-        told = fingerprint(reducer, parameters)
-        if resumed:
-            told["step"] = reducer.step
+        told = fingerprint(reducer, parameters) | {"step": reducer.step}
     except Exception as caught:
         error = caught
     agree(comm, told, error)

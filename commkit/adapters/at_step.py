@@ -23,6 +23,7 @@ from ..reducer import Reducer
 from ..runtime.agreement import (
     agree,
     mark_attached,
+    refuse_attached,
     trainable_parameters,
     wrapped_in_ddp,
 )
@@ -52,7 +53,9 @@ class StepHandle(KeepsState[Reducer]):
         self._timeout_s = timeout_s
         self._members = members
         self._last_step = StepStats()
-        self._connect(group)
+        self.comm = DistComm(group)
+        if members is None:  # which call rebuild() when the loop begins
+            self._connect(group)
         self._registration = optimizer.register_step_pre_hook(self._reduce)
         if members is not None:
             members.add(self)
@@ -113,11 +116,16 @@ class StepHandle(KeepsState[Reducer]):
             RuntimeError: its ranks disagree on scheme or model.
         """
         group = require_group(None)
+        comm, error = DistComm(group), None
         optimizer = getattr(self.reducer, "optimizer", None)
-        comm = DistComm(group)
+        try:
+            if isinstance(optimizer, CommOptimizer):
+                optimizer.bind(self._parameters, comm)
+        except ValueError as refusal:
+            error = refusal
+        agree(comm, fingerprint(self.reducer, self._parameters), error)
         if isinstance(optimizer, CommOptimizer):
-            optimizer.bind(self._parameters, comm)
-        agree(comm, fingerprint(self.reducer, self._parameters), None)
+            optimizer.set_up()
         self._connect(group)
 
     def catch_up(self) -> bool:
@@ -146,15 +154,6 @@ def attach_at_step(
     the model's parameters."""
     group = require_group(process_group)
 
-    def reducer_for() -> Reducer:
-        reducer = make()
-        if members is not None and isinstance(reducer.aggregator, Hierarchical):
-            raise TypeError(
-                "a hierarchical scheme counts on full nodes, which a lost worker leaves behind; with members, use the "
-                "scheme without hierarchical"
-            )
-        return reducer
-
     def parameters() -> dict[str, nn.Parameter]:
         found = trainable_parameters(model)
         # It would average gradients before they are reduced here: everything would be sent twice, once in full.
@@ -165,13 +164,18 @@ def attach_at_step(
             )
         return found
 
-    reducer, found = agree_to_attach(
-        model,
-        DistComm(group),
-        reducer_for,
-        parameters if stepped is None else stepped,
-        resumed=members is None,
-    )
+    if members is None:
+        reducer, found = agree_to_attach(
+            model, DistComm(group), make, parameters if stepped is None else stepped
+        )
+    else:  # they agree when the loop begins, and again after each loss
+        refuse_attached(model)
+        reducer, found = make(), parameters()
+        if isinstance(reducer.aggregator, Hierarchical):
+            raise TypeError(
+                "a hierarchical scheme counts on full nodes, which a lost worker leaves behind; with members, use the "
+                "scheme without hierarchical"
+            )
     handle = StepHandle(reducer, found, optimizer, group, timeout_s, members)
     mark_attached(model)
     return handle

@@ -60,7 +60,7 @@ def attach(
             unscaled gradients while the scale changes.
         timeout_s: seconds after which a stuck reduction raises on all ranks.
         members: workers that may be lost and joined by others; the attachment follows them. For plain modules, without
-            process_group.
+            process_group. Not collective then: workers agree when their loop begins, and again when others join.
         knobs: fields of the scheme, e.g. ``rank=4``.
 
     Raises:
@@ -209,11 +209,12 @@ def _start(
         if members is not None:
             follow_members(method, members)
     except Exception as error:
-        agree(DistComm(require_group(process_group)), {}, error)
+        if members is None:
+            agree(DistComm(require_group(process_group)), {}, error)
         raise
-    method.start()
-    if members is not None:
-        members.add(Follower(method))
+    if members is None:
+        return method.start()
+    members.add(Follower(method))
     return method
 
 

@@ -133,9 +133,9 @@ class Agent:
         try:
             while self._turn():
                 pass
-        except RuntimeError as error:  # torch's, of a store
+        except Exception as error:  # of the store; whatever it is, nobody may wait for this thread
             with self._changed:
-                self._lost = str(error)
+                self._lost = f"{type(error).__name__}: {error}"
                 self._changed.notify_all()
                 if self._wiring is not None:
                     self._wiring[1].cut()

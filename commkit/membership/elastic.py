@@ -66,8 +66,8 @@ class Elastic(Session):
     optimizer and residuals are those before it, bit for bit. If all that are left have the step's outcome, it counts
     instead. Buffers that forward changes, and random-number generators, keep what the step that was given up did.
 
-    A worker that starts later joins: between ``Elastic`` and its loop it may only attach; the loop gives it the state of
-    what is passed to :meth:`steps`. A worker whose block raises anything else leaves, and the others go on without it.
+    A worker that starts later joins: between ``Elastic`` and its loop it may call no collective (``attach`` is none here);
+    the loop gives it the state of what is passed to :meth:`steps`. A worker whose block raises anything else leaves, and the others go on without it.
 
     gloo only, as NCCL's collectives end otherwise. Models in DistributedDataParallel or FSDP keep groups of their own and
     are refused by ``attach(members=...)``: it takes plain modules. Groups that you make yourself with
@@ -89,7 +89,7 @@ class Elastic(Session):
         self._worker = ""
         self._attached: list[Attached] = []
         self._items: dict[str, Stateful] = {}
-        self._formed = self._current = 0
+        self._formed = self._followed = self._current = 0
         self._number = 0
         self._settled = False
         self._view = View(0, (), (), 0)
@@ -155,7 +155,13 @@ class Elastic(Session):
             dist.destroy_process_group()
 
     def add(self, attached: Attached) -> None:
-        """From now on ``attached`` follows the group; called by ``attach``."""
+        """From now on ``attached`` follows the group; called by ``attach``.
+
+        Raises:
+            RuntimeError: the loop has begun.
+        """
+        if self._current:
+            raise RuntimeError("the loop has begun; attach before members.steps()")
         self._attached.append(attached)
 
     def steps(self, total: int, first: int = 0, **state: Stateful) -> Iterator[Step]:
@@ -277,8 +283,10 @@ class Elastic(Session):
             try:
                 if view.epoch != self._formed:
                     self._form(view)
+                if view.epoch != self._followed:
                     for attached in self._attached:
                         attached.rebuild()
+                    self._followed = view.epoch
                 self._hand_over(view)
             except RuntimeError as error:
                 self._explain(view.epoch, error)

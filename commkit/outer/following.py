@@ -46,7 +46,10 @@ class Follower:
         """Nothing: an aborted round has undone itself."""
 
     def rebuild(self) -> None:
-        self._method.rebuild(None)
+        if self._method.started:
+            self._method.rebuild(None)
+        else:
+            self._method.start()
 
     def shared_state_dict(self) -> dict[str, Any]:
         """Of a worker between rounds, or about to make one."""

@@ -210,6 +210,14 @@ def test_a_closed_connection_is_seen_and_its_descriptor_is_not_taken_for_it() ->
         each.close()
 
 
+def test_connections_that_are_not_found_are_refused() -> None:
+    wiring = Wiring()
+    with wiring.opening() as opened:
+        pass
+    with pytest.raises(RuntimeError, match="TORCH_GLOO_LAZY_INIT"):
+        wiring.keep(opened, [[], []])
+
+
 def test_looking_at_connections_opens_none() -> None:
     before = len(tcp_connections())
     for _ in range(50):
