@@ -9,6 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import problem
+from ..named_schemes import REDUCERS
 from . import world
 
 pytest.importorskip("deepspeed")
@@ -55,6 +56,37 @@ def against_ddp(rank: int) -> dict[str, bool]:
             mine, reached, _ = _through_deepspeed(rank, scheme, stage, zero_optimization=zero)
             same[f"{scheme} at stage {stage}"] = mine == losses and torch.equal(reached, weights)
     return same
+
+
+def every_reducer_against_ddp(rank: int) -> dict[str, bool]:
+    """All that the library has, where DeepSpeed cuts gradients into buckets of its own."""
+    blocks = [*REDUCERS, {"name": "hierarchical", "scheme": "sign", "local_size": 1}]
+    same = {}
+    for block in blocks:
+        losses, weights = _through_ddp(rank, block)
+        zero = {"reduce_bucket_size": 7000}
+        mine, reached, _ = _through_deepspeed(rank, block, 2, zero_optimization=zero)
+        same[str(block)] = mine == losses and torch.equal(reached, weights)
+    return same
+
+
+def accumulated(rank: int) -> dict[int, bool]:
+    """Below stage 2 gradients of several micro-batches are added up before they are compressed."""
+    import commkit
+
+    net = DistributedDataParallel(problem.model())
+    handle, optimizer, losses = commkit.attach(net, "sign"), _adam(net), []
+    for step in STEPS:
+        optimizer.zero_grad()
+        with net.no_sync():
+            first = problem.loss_of(net, 2 * step, rank)
+            (first / 2).backward()
+        second = problem.loss_of(net, 2 * step + 1, rank)
+        (second / 2).backward()
+        optimizer.step()
+        losses += [first.item(), second.item()]
+    handle.close()
+    return {stage: _through_deepspeed(rank, "sign", stage, 2)[0] == losses for stage in (0, 1)}
 
 
 def norms_of_whole_gradients(rank: int) -> dict[int, bool]:
@@ -126,6 +158,8 @@ def outcomes() -> world.Outcomes:
     return world.Outcomes(
         2,
         against_ddp,
+        every_reducer_against_ddp,
+        accumulated,
         norms_of_whole_gradients,
         against_deepspeed,
         passes_and_bytes,
@@ -135,7 +169,15 @@ def outcomes() -> world.Outcomes:
 
 
 @pytest.mark.parametrize(
-    "case", [against_ddp, norms_of_whole_gradients, against_deepspeed, after_close]
+    "case",
+    [
+        against_ddp,
+        every_reducer_against_ddp,
+        accumulated,
+        norms_of_whole_gradients,
+        against_deepspeed,
+        after_close,
+    ],
 )
 def test_the_same_bits(outcomes, case):
     for same in outcomes.of(case):

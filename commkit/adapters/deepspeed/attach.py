@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -195,9 +194,9 @@ def _average_no_gradients(engine: Any) -> None:
 
 
 def _norm_overflows(parameters: list[Tensor]) -> bool:
-    squares = [
-        float(torch.linalg.vector_norm(p.grad, dtype=torch.float32)) ** 2
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
         for p in parameters
         if p.grad is not None
     ]
-    return not math.isfinite(sum(squares)) or sum(squares) > torch.finfo(torch.float32).max
+    return bool(norms) and not bool(torch.stack(norms).square().sum().isfinite())
