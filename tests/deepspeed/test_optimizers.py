@@ -103,29 +103,39 @@ def former_blocks(rank: int) -> dict[str, bool]:
 
 
 def local_updates(rank: int) -> dict[str, bool]:
-    """DiLoCo around DeepSpeed's optimizer, and around the same loop without it."""
+    """Around DeepSpeed's optimizer, and around the same loop without it."""
     import commkit
 
-    net = problem.model()
-    inner = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    with commkit.DiLoCo(net, inner, sync_every=3, reducer=commkit.schemes.int8()):
+    same = {}
+    for scheme in (
+        DILOCO,
+        {"name": "local_sgd", "sync_every": 3},
+        {"name": "noloco", "sync_every": 3},
+    ):
+        name = scheme["name"]
+        net = problem.model()
+        inner = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        method = commkit.attach(net, scheme, inner)
         losses = _loop(net, inner, rank)
-    own = problem.model()
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
-    engine = world.engine_of(own, world.config(commkit={"scheme": DILOCO}), optimizer)
-    same = {"losses": world.train(engine, STEPS, rank) == losses}
-    same["alone inside a round"] = not problem.replicas_equal(engine.module)
-    engine.commkit.finish()
-    same["weights"] = torch.equal(problem.parameters(engine.module), problem.parameters(net))
-    engine.commkit.close()
-    own = problem.model()
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
-    config = world.config(bf16={"enabled": True}, commkit={"scheme": DILOCO})
-    engine = world.engine_of(own, config, optimizer)
+        method.close()
+        engine = _with_local_updates(scheme)
+        same[f"{name}, losses"] = world.train(engine, STEPS, rank) == losses
+        same[f"{name}, alone inside a round"] = not problem.replicas_equal(engine.module)
+        engine.commkit.finish()
+        reached = problem.parameters(engine.module)
+        same[f"{name}, weights"] = torch.equal(reached, problem.parameters(net))
+        engine.commkit.close()
+    engine = _with_local_updates(DILOCO, bf16={"enabled": True})
     world.train(engine, range(9), rank)
     same["bf16, at the end of a round"] = problem.replicas_equal(engine.module)
     engine.commkit.close()
     return same
+
+
+def _with_local_updates(scheme: Any, **changes: Any) -> Any:
+    net = problem.model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    return world.engine_of(net, world.config(commkit={"scheme": scheme}, **changes), optimizer)
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,10 @@ REFUSED: dict[str, tuple[Callable[[int], str], tuple[str, ...]]] = {
         ("ConfigError", "both clip"),
     ),
     "a scheme for FSDP": (_refused({"scheme": "qsdp"}), ("ConfigError", "is not for DeepSpeed")),
+    "a method that needs a closure": (
+        _refused({"scheme": "dfedsam_mgs"}),
+        ("ConfigError", "evaluates every batch twice"),
+    ),
     "gradients one by one": (
         _refused({"scheme": "sign"}, stage=2, zero_optimization={"contiguous_gradients": False}),
         ("ConfigError: zero_optimization.contiguous_gradients",),
