@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -96,10 +99,28 @@ def former_blocks(rank: int) -> dict[str, bool]:
         knobs, settings = OPTIMIZERS[name]
         params = {**knobs, **settings, "cuda_aware": False, "comm_backend_name": "nccl"}
         former = world.config(optimizer={"type": kind, "params": params})
-        losses = world.train(world.engine_of(problem.model(), former), STEPS, rank)
+        with _listening() as heard:
+            engine = world.engine_of(problem.model(), former)
+        noted = [name for name in ("cuda_aware", "comm_backend_name") if name in " ".join(heard)]
+        same[f"{kind}: rank 0 says what is ignored"] = len(noted) == (2 if rank == 0 else 0)
+        losses = world.train(engine, STEPS, rank)
         same[kind] = losses == world.train(_engine(name, knobs, settings), STEPS, rank)
         same[f"{kind} is left alone"] = former["optimizer"]["type"] == kind
     return same
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What commkit logs inside the block."""
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("commkit")
+    logger.addHandler(handler)
+    try:
+        yield heard
+    finally:
+        logger.removeHandler(handler)
 
 
 def local_updates(rank: int) -> dict[str, bool]:

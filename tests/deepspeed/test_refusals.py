@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -223,6 +224,14 @@ def test_other_versions_of_deepspeed(version):
 
 def test_this_version():
     require_version("0.19.8+cpu")
+
+
+def test_without_deepspeed(monkeypatch):
+    import commkit.deepspeed
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'commkit\[deepspeed\]'"):
+        commkit.deepspeed.initialize(model=problem.model(), config=world.config())
 
 
 def test_a_private_method_that_has_changed():
