@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -96,36 +99,64 @@ def former_blocks(rank: int) -> dict[str, bool]:
         knobs, settings = OPTIMIZERS[name]
         params = {**knobs, **settings, "cuda_aware": False, "comm_backend_name": "nccl"}
         former = world.config(optimizer={"type": kind, "params": params})
-        losses = world.train(world.engine_of(problem.model(), former), STEPS, rank)
+        with _listening() as heard:
+            engine = world.engine_of(problem.model(), former)
+        noted = [name for name in ("cuda_aware", "comm_backend_name") if name in " ".join(heard)]
+        same[f"{kind}: rank 0 says what is ignored"] = len(noted) == (2 if rank == 0 else 0)
+        losses = world.train(engine, STEPS, rank)
         same[kind] = losses == world.train(_engine(name, knobs, settings), STEPS, rank)
         same[f"{kind} is left alone"] = former["optimizer"]["type"] == kind
     return same
 
 
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What commkit logs inside the block."""
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("commkit")
+    logger.addHandler(handler)
+    try:
+        yield heard
+    finally:
+        logger.removeHandler(handler)
+
+
 def local_updates(rank: int) -> dict[str, bool]:
-    """DiLoCo around DeepSpeed's optimizer, and around the same loop without it."""
+    """Around DeepSpeed's optimizer, and around the same loop without it."""
     import commkit
 
-    net = problem.model()
-    inner = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    with commkit.DiLoCo(net, inner, sync_every=3, reducer=commkit.schemes.int8()):
+    same = {}
+    for scheme in (
+        DILOCO,
+        {"name": "local_sgd", "sync_every": 3},
+        {"name": "noloco", "sync_every": 3},
+    ):
+        name = scheme["name"]
+        net = problem.model()
+        inner = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        method = commkit.attach(net, scheme, inner)
         losses = _loop(net, inner, rank)
-    own = problem.model()
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
-    engine = world.engine_of(own, world.config(commkit={"scheme": DILOCO}), optimizer)
-    same = {"losses": world.train(engine, STEPS, rank) == losses}
-    same["alone inside a round"] = not problem.replicas_equal(engine.module)
-    engine.commkit.finish()
-    same["weights"] = torch.equal(problem.parameters(engine.module), problem.parameters(net))
-    engine.commkit.close()
-    own = problem.model()
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
-    config = world.config(bf16={"enabled": True}, commkit={"scheme": DILOCO})
-    engine = world.engine_of(own, config, optimizer)
+        method.close()
+        engine = _with_local_updates(scheme)
+        same[f"{name}, losses"] = world.train(engine, STEPS, rank) == losses
+        same[f"{name}, alone inside a round"] = not problem.replicas_equal(engine.module)
+        engine.commkit.finish()
+        reached = problem.parameters(engine.module)
+        same[f"{name}, weights"] = torch.equal(reached, problem.parameters(net))
+        engine.commkit.close()
+    engine = _with_local_updates(DILOCO, bf16={"enabled": True})
     world.train(engine, range(9), rank)
     same["bf16, at the end of a round"] = problem.replicas_equal(engine.module)
     engine.commkit.close()
     return same
+
+
+def _with_local_updates(scheme: Any, **changes: Any) -> Any:
+    net = problem.model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    return world.engine_of(net, world.config(commkit={"scheme": scheme}, **changes), optimizer)
 
 
 @pytest.fixture(scope="module")

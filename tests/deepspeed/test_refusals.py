@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,10 @@ REFUSED: dict[str, tuple[Callable[[int], str], tuple[str, ...]]] = {
         ("ConfigError", "both clip"),
     ),
     "a scheme for FSDP": (_refused({"scheme": "qsdp"}), ("ConfigError", "is not for DeepSpeed")),
+    "a method that needs a closure": (
+        _refused({"scheme": "dfedsam_mgs"}),
+        ("ConfigError", "evaluates every batch twice"),
+    ),
     "gradients one by one": (
         _refused({"scheme": "sign"}, stage=2, zero_optimization={"contiguous_gradients": False}),
         ("ConfigError: zero_optimization.contiguous_gradients",),
@@ -219,6 +224,14 @@ def test_other_versions_of_deepspeed(version):
 
 def test_this_version():
     require_version("0.19.8+cpu")
+
+
+def test_without_deepspeed(monkeypatch):
+    import commkit.deepspeed
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'commkit\[deepspeed\]'"):
+        commkit.deepspeed.initialize(model=problem.model(), config=world.config())
 
 
 def test_a_private_method_that_has_changed():

@@ -9,6 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import problem
+from ..named_schemes import REDUCERS
 from . import world
 
 pytest.importorskip("deepspeed")
@@ -57,7 +58,56 @@ def against_ddp(rank: int) -> dict[str, bool]:
     return same
 
 
-def norms_of_whole_gradients(rank: int) -> dict[int, bool]:
+def every_reducer_against_ddp(rank: int) -> dict[str, bool]:
+    """All that the library has, where DeepSpeed cuts gradients into buckets of its own."""
+    # Replicas of noop differ, and ZeRO makes one model of them.
+    blocks: list[Any] = [name for name in REDUCERS if name != "noop"]
+    blocks.append({"name": "hierarchical", "scheme": "sign", "local_size": 1})
+    same = {}
+    for block in blocks:
+        losses, weights = _through_ddp(rank, block)
+        zero = {"reduce_bucket_size": 7000}
+        mine, reached, _ = _through_deepspeed(rank, block, 2, zero_optimization=zero)
+        same[str(block)] = mine == losses and torch.equal(reached, weights)
+    return same
+
+
+def accumulated(rank: int) -> dict[str, bool]:
+    """Below stage 2, and in DeepSpeed's own context for it, gradients of several micro-batches are added up before
+    they are compressed."""
+    import commkit
+
+    net = DistributedDataParallel(problem.model())
+    handle, optimizer, losses = commkit.attach(net, "sign"), _adam(net), []
+    for step in STEPS:
+        optimizer.zero_grad()
+        with net.no_sync():
+            first = problem.loss_of(net, 2 * step, rank)
+            (first / 2).backward()
+        second = problem.loss_of(net, 2 * step + 1, rank)
+        (second / 2).backward()
+        optimizer.step()
+        losses += [first.item(), second.item()]
+    handle.close()
+    same = {}
+    for stage, zero in ((0, {}), (1, {}), (1, {"overlap_comm": True})):
+        mine, *_ = _through_deepspeed(rank, "sign", stage, 2, zero_optimization=zero)
+        same[f"stage {stage} {zero}"] = mine == losses
+    for stage in (2, 3):
+        net, mine = problem.model(), []
+        engine = world.engine_of(net, world.config(stage, commkit={"scheme": "sign"}), _adam(net))
+        for step in STEPS:
+            with engine.coalesce_grad_reduction():
+                for micro in range(2):
+                    loss = world.loss_of(engine, 2 * step + micro, rank)
+                    engine.backward(loss / 2)
+                    mine.append(loss.item())
+            engine.step()
+        same[f"coalesced at stage {stage}"] = mine == losses
+    return same
+
+
+def norms_of_whole_gradients(rank: int) -> dict[str, bool]:
     """A scheme that must see all gradients at once gets them, however small the buckets were meant to be."""
     scheme = {"name": "powersgd", "rank": 2, "max_grad_norm": 0.05}
     losses, weights = _through_ddp(rank, scheme)
@@ -65,7 +115,7 @@ def norms_of_whole_gradients(rank: int) -> dict[int, bool]:
     for stage in STAGES:
         zero = {"reduce_bucket_size": 7000} if stage else {}
         mine, reached, _ = _through_deepspeed(rank, scheme, stage, zero_optimization=zero)
-        same[stage] = mine == losses and torch.equal(reached, weights)
+        same[f"stage {stage}"] = mine == losses and torch.equal(reached, weights)
     return same
 
 
@@ -126,6 +176,8 @@ def outcomes() -> world.Outcomes:
     return world.Outcomes(
         2,
         against_ddp,
+        every_reducer_against_ddp,
+        accumulated,
         norms_of_whole_gradients,
         against_deepspeed,
         passes_and_bytes,
@@ -135,7 +187,15 @@ def outcomes() -> world.Outcomes:
 
 
 @pytest.mark.parametrize(
-    "case", [against_ddp, norms_of_whole_gradients, against_deepspeed, after_close]
+    "case",
+    [
+        against_ddp,
+        every_reducer_against_ddp,
+        accumulated,
+        norms_of_whole_gradients,
+        against_deepspeed,
+        after_close,
+    ],
 )
 def test_the_same_bits(outcomes, case):
     for same in outcomes.of(case):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,13 +99,13 @@ def attach_engine(
     except Exception as caught:
         error = caught
     agree(world, {}, error)
-    attach: Callable[[Any, Any, Block], tuple[Attached, Kept]] = _attach_reducer
+    put: Callable[[Any, Any, Block], tuple[Attached, Kept]] = _put_reducer
     if isinstance(scheme, CommOptimizer):
-        attach = _attach_optimizer
+        put = _put_optimizer
     elif isinstance(scheme, OuterScheme):
-        attach = _attach_outer
+        put = _put_outer
     try:
-        handle, kept = attach(engine, scheme, block)
+        handle, kept = put(engine, scheme, block)
     except Exception as caught:
         error = caught
     agree(world, {}, error)  # other pipeline stages have not heard of it
@@ -117,7 +116,7 @@ def attach_engine(
     return handle
 
 
-def _attach_reducer(engine: Any, reducer: Reducer, block: Block) -> tuple[Attached, Kept]:
+def _put_reducer(engine: Any, reducer: Reducer, block: Block) -> tuple[Attached, Kept]:
     group = _data_parallel_group(engine)
 
     def make() -> Reducer:
@@ -137,7 +136,7 @@ def _attach_reducer(engine: Any, reducer: Reducer, block: Block) -> tuple[Attach
     return handle, Kept(made, handle.comm)
 
 
-def _attach_optimizer(engine: Any, optimizer: CommOptimizer, block: Block) -> tuple[Attached, Kept]:
+def _put_optimizer(engine: Any, optimizer: CommOptimizer, block: Block) -> tuple[Attached, Kept]:
     _average_no_gradients(engine)
     stepped = stepped_by(engine)
     handle = attach_at_step(
@@ -153,7 +152,7 @@ def _attach_optimizer(engine: Any, optimizer: CommOptimizer, block: Block) -> tu
     return handle, Kept(optimizer.reducer, handle.comm, after_load=lambda: show(engine, stepped))
 
 
-def _attach_outer(engine: Any, scheme: OuterScheme, block: Block) -> tuple[Attached, Kept]:
+def _put_outer(engine: Any, scheme: OuterScheme, block: Block) -> tuple[Attached, Kept]:
     _average_no_gradients(engine)
     stepped = stepped_by(engine)
     masters: dict[str, Tensor] = {}
@@ -195,9 +194,9 @@ def _average_no_gradients(engine: Any) -> None:
 
 
 def _norm_overflows(parameters: list[Tensor]) -> bool:
-    squares = [
-        float(torch.linalg.vector_norm(p.grad, dtype=torch.float32)) ** 2
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
         for p in parameters
         if p.grad is not None
     ]
-    return not math.isfinite(sum(squares)) or sum(squares) > torch.finfo(torch.float32).max
+    return bool(norms) and not bool(torch.stack(norms).square().sum().isfinite())

@@ -28,7 +28,8 @@ class EngineHandle(KeepsState[Reducer]):
     stages 2 and 3, as in DeepSpeed itself. Each is a step of the reducer.
 
     If any rank's gradients are not finite, or the mean does not fit into fp16, DeepSpeed skips the optimizer step on
-    all ranks; then nothing of it is left in residuals, whatever number of passes it had.
+    all ranks; then nothing of it is left in residuals, whatever number of passes it had: for several, in fp16, a copy of
+    the scheme's state is kept while they last.
 
     Args:
         engine: the engine; gradients carry its loss scale.

@@ -22,7 +22,7 @@ from ...schemes import make_scheme
 from .attach import attach_engine
 from .legacy import is_former, translate
 from .library import require_deepspeed
-from .limits import Served, arranged, require_served, require_stage
+from .limits import Served, arranged, number_of_elements, require_served, require_stage
 from .settings import BLOCK, Block, plain, read_block, stage_of
 
 _PORT = 29500  # DeepSpeed's default
@@ -175,7 +175,7 @@ def make_plan(
             '"optimizer" to ds_config, or give initialize(optimizer=...)'
         )
     if isinstance(scheme, Reducer):
-        config, changes = arranged(config, scheme, _numel(model))
+        config, changes = arranged(config, scheme, number_of_elements(model))
         notes += changes
     return Plan(config, optimizer, block, scheme, tuple(notes))
 
@@ -304,10 +304,6 @@ def _own_clipping(
 
 def _is_pipeline(model: nn.Module) -> bool:
     return isinstance(model, require_deepspeed().PipelineModule)
-
-
-def _numel(model: nn.Module) -> int:
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
 
 
 def _from_arguments(args: Any, config: Any) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ...config import ConfigError
 from ...optim import CommOptimizer, OptimizerScheme
-from ...outer import OuterScheme
+from ...outer import DFedSAM, OuterScheme
 from ...reducer import Reducer
 from .settings import plain, stage_of
 
@@ -18,6 +20,11 @@ def require_served(scheme: Any, name: str) -> Served:
     Raises:
         ConfigError: a scheme for another kind of training.
     """
+    if isinstance(scheme, OuterScheme) and issubclass(scheme.method, DFedSAM):
+        raise ConfigError(
+            f"commkit.scheme.name={name!r} evaluates every batch twice, in a closure, and DeepSpeed's step takes none; "
+            "use it around a loop of your own, or another method with local updates"
+        )
     if isinstance(scheme, Served):
         return scheme
     raise ConfigError(
@@ -86,15 +93,27 @@ def require_arranged(engine: Any, reducer: Reducer) -> None:
     Raises:
         ConfigError: an engine that was not built with what :func:`arranged` gives.
     """
-    if engine.zero_optimization_stage() == 0:
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
         return
-    wanted, _ = arranged(engine.config, reducer, sum(p.numel() for p in engine.module.parameters()))
-    for name, value in wanted["zero_optimization"].items():
-        if engine.config["zero_optimization"].get(name) != value:
-            raise ConfigError(
-                f"zero_optimization.{name} must be {value!r} when the engine is built; set it, or use "
-                "commkit.deepspeed.initialize, which does"
-            )
+    numel = number_of_elements(engine.module)
+    wrong = {}
+    if bool(engine.zero_reduce_scatter()) != (stage == 3):
+        wrong["reduce_scatter"] = str(stage == 3).lower()
+    if stage < 3 and not engine.zero_contiguous_gradients():
+        wrong["contiguous_gradients"] = "true"
+    if reducer.whole_step and engine.zero_reduce_bucket_size() < numel:
+        wrong["reduce_bucket_size"] = str(numel)
+    for name, value in wrong.items():
+        raise ConfigError(
+            f"zero_optimization.{name} must be {value} when the engine is built; set it, or use "
+            "commkit.deepspeed.initialize, which does"
+        )
+
+
+def number_of_elements(model: nn.Module) -> int:
+    """Of all parameters, also of those that ``zero.Init`` has cut."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
 
 
 def refuse_unsupported(engine: Any) -> None:
