@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -19,6 +20,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from commkit.adapters.deepspeed.legacy import is_former
+from commkit.adapters.deepspeed.settings import read_block
 from commkit.config import validate
 from commkit.schemes import make_scheme
 from launch.settings import TrainSettings
@@ -38,7 +41,7 @@ def test_pages_have_blocks_that_somebody_runs():
     assert len(blocks_in(*PROGRAMS)) > 10
     for page in PAGES:
         for block in blocks(page):
-            assert block.language in (*PROGRAMS, "yaml", "sh"), block.place
+            assert block.language in (*PROGRAMS, "yaml", "json", "sh"), block.place
             if "not run" in block.notes:
                 assert len(block.notes["not run"].split()) > 2, f"{block.place}: say why"
 
@@ -75,6 +78,15 @@ def test_python_blocks_run():
 def test_yaml_blocks_are_recipes(block):
     settings = validate(TrainSettings, yaml.safe_load(block.text), block.place)
     make_scheme(settings.scheme)
+
+
+@pytest.mark.parametrize("block", blocks_in("json"), ids=lambda block: block.place)
+def test_json_blocks_are_configs_of_deepspeed(block):
+    config = json.loads(block.text)
+    if "commkit" in config:
+        read_block(config["commkit"])
+    else:
+        assert is_former(config["optimizer"])
 
 
 COMMANDS = [

@@ -294,7 +294,7 @@ def test_commkit_needs_no_framework_and_says_which_extra_brings_one() -> None:
             ("lightning", "lightning"),
             ("pytorch-lightning", "lightning"),
             ("accelerate", "accelerate"),
-            ("transformers", "huggingface"),
+            ("transformers", "transformers"),
         )
     ]
 
