@@ -1,6 +1,7 @@
 # make train    train the reference model twice (plain DDP, then compressed) and compare
 # make test     the test suite
-# make check    linters and types, and that the CUDA kernels compile
+# make check    linters and types, and that the documentation builds and the CUDA kernels compile
+# make docs     the documentation, into site/
 # make bench    the benchmarks, as ratios within one run
 # make asan     the kernels' tests under the address and undefined-behaviour sanitizers
 # make venv     .venv with everything the above need
@@ -12,7 +13,7 @@ ARGS   ?=
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv train test check bench asan format clean
+.PHONY: venv train test check docs bench asan format clean
 
 venv: $(VENV)/.installed
 
@@ -27,7 +28,7 @@ train: venv
 test: venv
 	$(PY) -m pytest $(ARGS)
 
-check: venv
+check: venv docs
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
@@ -37,6 +38,9 @@ check: venv
 	@if [ -x "$$CUDA_HOME/bin/nvcc" ] || command -v nvcc >/dev/null; then \
 	    echo "compiling the CUDA kernels" && $(PY) csrc/cuda/compile.py build/check/_kernels_cuda.so; \
 	    else echo "no nvcc: whether the CUDA kernels compile was not checked"; fi
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PY) -m mkdocs build --strict --quiet $(ARGS)
 
 bench: venv
 	$(PY) benchmarks/run_all.py $(ARGS)
@@ -59,4 +63,4 @@ format: venv
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build commkit/ops/_kernels*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build site commkit/ops/_kernels*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -12,15 +12,10 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # before setuptools 70
-    bdist_wheel = None
 
 MODES = ("auto", "0", "1")
 
@@ -123,19 +118,15 @@ class BuildKernels(build_ext):
         return {k: v for k, v in super().get_output_mapping().items() if Path(k).exists()}
 
 
-commands: dict[str, Any] = {"build_ext": BuildKernels}
-if bdist_wheel is not None:
+class Wheel(bdist_wheel):
+    """Tied to the platform but to no version of Python; to neither if nothing is compiled."""
 
-    class Wheel(bdist_wheel):  # type: ignore[misc, valid-type]
-        """Tied to the platform but to no version of Python."""
+    def get_tag(self) -> tuple[str, str, str]:
+        platform: str = super().get_tag()[2]
+        return "py3", "none", platform
 
-        def get_tag(self) -> tuple[str, str, str]:
-            platform: str = super().get_tag()[2]
-            return "py3", "none", platform
-
-    commands["bdist_wheel"] = Wheel
 
 extensions = [kernels()] if NATIVE != "0" else []
 if CUDA != "0":
     extensions.append(cuda_kernels())
-setup(ext_modules=extensions, cmdclass=commands)
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel})

@@ -30,7 +30,7 @@ from launch import gpt
 from launch.settings import ModelSettings
 
 LAB = harness.ROOT / "benchmarks" / "results" / "lab"
-LATENCY = 3e-4  # s, one way with gloo's work, of `commkit probe` in the lab
+LATENCY = 3e-4  # s, one way with gloo's work: an estimate, not measured
 ALIKE = {"torch:ddp": "ddp"}  # other programs that do the same
 # Recipes of local_updates_4_nodes_50mbit.md: scheme and steps per round.
 ROUNDS = {

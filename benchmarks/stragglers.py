@@ -271,9 +271,6 @@ def judge(result: Result, took: dict[str, float], curves: dict[str, Curve]) -> N
     result.notes.append(
         "M-SGC, one model: gradients are 3 steps old, which this learning rate and momentum do not bear, braked or not"
     )
-    result.notes.append(
-        "DBW awaits all in its first 5 steps, a larger part of so short a training than of a real one"
-    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -191,10 +191,7 @@ def measure(options: argparse.Namespace) -> Result:
         "mu=0: gradient coding closes a round as soon as it decodes, which fractional repetition often does with many "
         "more than s late; all others keep to the mu-rule with mu=1, as in the paper"
     )
-    result.notes.append(
-        "DBW awaits all in its first 5 steps, as its windows are empty, and so meets the slowest of 256 five times; the "
-        "best static k is known only afterwards"
-    )
+    result.notes.append("the best static k is known only afterwards")
     return result
 
 

@@ -1,12 +1,13 @@
 """commkit: training that is fast where the network is slow."""
 
-from . import checkpoint, optim, outer, schemes, sharded
+from . import checkpoint, membership, optim, outer, schemes, sharded
 from .adapters.at_step import StepHandle
 from .adapters.attach import attach
 from .adapters.ddp import Handle, ddp_comm_hook, ddp_hook
 from .adapters.fsdp2 import ShardedHandle
 from .adapters.local_updates import ShardedReplicas
 from .config import ConfigError
+from .membership import Elastic, ElasticOptions
 from .metrics import StepStats
 from .outer import DiLoCo, LocalSGD, RoundAborted, SyncOptions
 from .policy import Policy
@@ -17,6 +18,8 @@ from .version import __version__
 __all__ = [
     "ConfigError",
     "DiLoCo",
+    "Elastic",
+    "ElasticOptions",
     "Handle",
     "LocalSGD",
     "Policy",
@@ -33,6 +36,7 @@ __all__ = [
     "checkpoint",
     "ddp_comm_hook",
     "ddp_hook",
+    "membership",
     "optim",
     "outer",
     "schemes",

@@ -28,11 +28,12 @@ from torch.optim import Optimizer
 
 from .comm import DistComm
 from .reducer import Reducer
+from .runtime.redealing import merge
 from .runtime.shards import local, sharded_like
 from .sharded.partition import LAYOUT, PartitionState
 from .sharded.state import PLACE, Place, ShardedState, place_of
 from .structure import flatten, unflatten
-from .types import NODE, RANK, SHARD, WHOLE, Resizable, StateDict, Stateful
+from .types import Resizable, StateDict, Stateful
 
 SchemeState: TypeAlias = Reducer | ShardedState | PartitionState
 _REDUCER, _REPLICATED, _PER_RANK = "reducer", "replicated", "per_rank"
@@ -63,7 +64,7 @@ def save(
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
     # On every rank and first: a method with rounds in flight waits for them here, until when a reducer is at work.
-    common = {key: _shared_state_of(item) for key, item in replicated.items()}
+    common = {key: shared_state_of(item) for key, item in replicated.items()}
     own = {key: item.state_dict() for key, item in per_rank.items()}
     apart = {
         key: local(x) for key, x in flatten(own).items()
@@ -85,7 +86,7 @@ def save(
     comm.barrier()
 
 
-def _shared_state_of(item: Stateful) -> dict[str, Any]:
+def shared_state_of(item: Stateful) -> dict[str, Any]:
     """What is equal on all ranks: an optimizer that communicates has residuals besides, saved as the
     reducer's."""
     shared = getattr(item, "shared_state_dict", item.state_dict)
@@ -122,10 +123,10 @@ def load(
             f"{saved_by} in the same way, or use on_resize='mean'"
         )
     sharded = _ShardTemplates(replicated)
-    _restore(replicated, _read(directory, metadata, f"{_REPLICATED}/", like=sharded))
+    restore_items(replicated, _read(directory, metadata, f"{_REPLICATED}/", like=sharded))
     if same:
         own = _read(directory, metadata, f"{_PER_RANK}/{_rank(comm.rank)}/")
-        _restore(per_rank, _ShardTemplates(per_rank).wrap(own))
+        restore_items(per_rank, _ShardTemplates(per_rank).wrap(own))
         state = _read(directory, metadata, f"{_REDUCER}/{_rank(comm.rank)}/")
     else:
         state = _dealt_anew(directory, metadata, saved_by, places, reducer)
@@ -142,39 +143,6 @@ def latest(directory: str | Path) -> Path | None:
         m.parent for m in Path(directory).glob("*/.metadata") if m.parent.suffix != ".partial"
     ]
     return max(complete, default=None, key=lambda path: path.name)
-
-
-def merge(states: list[StateDict]) -> StateDict:
-    """One reducer state that any number of ranks can start from, made of the states of all old ranks.
-
-    ``rank/NAME`` is averaged (absent counts as zero), shards are put together into ``whole/NAME``,
-    ``node/NAME`` is averaged over the nodes, each of which has it once, into ``whole/NAME``, and everything
-    else is equal on all ranks and taken from the first that has it.
-    """
-    merged: StateDict = {}
-    shards: dict[str, dict[int, Tensor]] = {}
-    nodes: dict[str, list[Tensor]] = {}
-    for state in states:
-        for key, value in state.items():
-            if key.startswith(f"{RANK}/"):
-                share = value / len(states)
-                merged[key] = merged[key] + share if key in merged else share
-            elif f"/{SHARD}/" in key:
-                name, _, start = key.rpartition("@")
-                shards.setdefault(name, {})[int(start)] = value
-            elif f"/{NODE}/" in key:
-                nodes.setdefault(key.replace(f"/{NODE}/", f"/{WHOLE}/", 1), []).append(value)
-            else:
-                merged.setdefault(key, value)
-    for name, of_nodes in nodes.items():
-        merged[name] = torch.stack(of_nodes).mean(0)
-    for name, pieces in shards.items():
-        end = max(at + piece.numel() for at, piece in pieces.items())
-        whole = next(iter(pieces.values())).new_zeros(end)
-        for at, piece in pieces.items():
-            whole[at : at + piece.numel()] = piece
-        merged[name.replace(f"/{SHARD}/", f"/{WHOLE}/", 1)] = whole
-    return merged
 
 
 def _dealt_anew(
@@ -320,7 +288,12 @@ def _world_size(metadata: Metadata) -> int:
     )
 
 
-def _restore(items: Mapping[str, Stateful], tensors: StateDict) -> None:
+def restore_items(items: Mapping[str, Stateful], tensors: StateDict) -> None:
+    """Load each of ``items`` from the flattened states of all.
+
+    Raises:
+        CheckpointError: one of them was not saved.
+    """
     if items:
         states = unflatten(tensors)
         for name, item in items.items():

@@ -5,15 +5,19 @@ Each call counts the bytes that it sends and the time that it takes.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import connections
+from .metrics import profiler_range
 from .types import ByteCounter, ReduceOp
 
 _PEER = {dist.isend: "group_dst", dist.irecv: "group_src"}
@@ -37,6 +41,29 @@ def nbytes(x: Tensor) -> int:
 def all_reduce_wire_bytes(size: int, world_size: int) -> int:
     """Bytes a rank sends in a ring all-reduce of ``size`` bytes: 2 (W-1)/W size."""
     return 2 * (world_size - 1) * size // world_size
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed: a peer is lost, or too late. The group is of no use any more."""
+
+
+def _collective(method: Callable[P, R]) -> Callable[P, R]:
+    """``method`` with torch's plain RuntimeError as a :class:`CollectiveError`."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CollectiveError(str(error)) from error
+
+    return call
 
 
 class DistComm:
@@ -71,43 +98,43 @@ class DistComm:
     def bytes(self) -> ByteCounter:
         return self._bytes
 
+    @_collective
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
         if self._world_size > 1:
-            start = time.perf_counter()
-            dist.all_reduce(x, op=_OPS[op], group=self.group)
             wire = all_reduce_wire_bytes(nbytes(x), self._world_size)
-            self._count("all_reduce", nbytes(x), wire, start)
+            with self._counted("all_reduce", nbytes(x), wire):
+                dist.all_reduce(x, op=_OPS[op], group=self.group)
         return x
 
+    @_collective
     def all_gather(self, x: Tensor) -> Tensor:
         if self._world_size == 1:
             return x.unsqueeze(0)
-        start = time.perf_counter()
         out = x.new_empty(self._world_size * x.numel())
-        _all_gather_single(out, x, group=self.group)
-        self._count("all_gather", nbytes(x), (self._world_size - 1) * nbytes(x), start)
+        with self._counted("all_gather", nbytes(x), (self._world_size - 1) * nbytes(x)):
+            _all_gather_single(out, x, group=self.group)
         return out.view(self._world_size, -1)
 
+    @_collective
     def all_gather_into(self, out: Tensor, x: Tensor, async_op: bool = False) -> dist.Work | None:
         """As FSDP gathers: ``x``, (n,), of all ranks into ``out``, (world_size n,). The handle if ``async_op``."""
-        start = time.perf_counter()
-        work: dist.Work | None = _all_gather_single(out, x, group=self.group, async_op=async_op)
-        self._count("all_gather", nbytes(x), (self._world_size - 1) * nbytes(x), start)
+        with self._counted("all_gather", nbytes(x), (self._world_size - 1) * nbytes(x)):
+            work: dist.Work | None = _all_gather_single(out, x, group=self.group, async_op=async_op)
         return work
 
+    @_collective
     def reduce_scatter_into(
         self, out: Tensor, x: Tensor, op: Any, async_op: bool = False
     ) -> dist.Work | None:
         """As FSDP scatters: the reduction ``op`` of torch's of all ranks' ``x``, (world_size n,), into ``out``, (n,). The
         handle if ``async_op``. gloo moves what an all-reduce does, and that is counted."""
-        start = time.perf_counter()
-        work: dist.Work | None = _reduce_scatter_single(
-            out, x, op=op, group=self.group, async_op=async_op
-        )
         wire = (self._world_size - 1) * nbytes(out)
         if dist.get_backend(self.group) == "gloo":
             wire = all_reduce_wire_bytes(nbytes(x), self._world_size)
-        self._count("reduce_scatter", nbytes(x), wire, start)
+        with self._counted("reduce_scatter", nbytes(x), wire):
+            work: dist.Work | None = _reduce_scatter_single(
+                out, x, op=op, group=self.group, async_op=async_op
+            )
         return work
 
     def joined(self, group: dist.ProcessGroup, label: str) -> DistComm:
@@ -116,63 +143,75 @@ class DistComm:
         other._bytes, other._label = self._bytes, f"{self._label}{label}/"
         return other
 
+    @_collective
     def all_to_all(
         self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
     ) -> list[Tensor]:
         if self._world_size == 1:
             return [x]
-        start = time.perf_counter()
         out = x.new_empty(sum(recv_sizes))
-        dist.all_to_all_single(out, x, list(recv_sizes), list(send_sizes), group=self.group)
         wire = (x.numel() - send_sizes[self._rank]) * x.element_size()
-        self._count("all_to_all", nbytes(x), wire, start)
+        with self._counted("all_to_all", nbytes(x), wire):
+            dist.all_to_all_single(out, x, list(recv_sizes), list(send_sizes), group=self.group)
         return list(out.split_with_sizes(list(recv_sizes)))
 
+    @_collective
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         if self._world_size > 1:
-            start = time.perf_counter()
-            dist.broadcast(x, group_src=src, group=self.group)
             wire = (self._world_size - 1) * nbytes(x) // self._world_size
-            self._count("broadcast", nbytes(x), wire, start)
+            with self._counted("broadcast", nbytes(x), wire):
+                dist.broadcast(x, group_src=src, group=self.group)
         return x
 
     def exchange(
         self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int = 0
     ) -> set[int]:
-        start = time.perf_counter()
-        lost: set[int] = set()
-        if dist.get_backend(self.group) == "nccl":  # knows no tags and has to see both ways at once
-            ops = [self._op(dist.isend, x, peer) for peer, x in sends.items()]
-            ops += [self._op(dist.irecv, x, peer) for peer, x in receives.items()]
-            for done in dist.batch_isend_irecv(ops) if ops else []:
-                done.wait()
-        else:
-            pending: list[tuple[int, Any]] = []
-            for begin, tensors in ((dist.irecv, receives), (dist.isend, sends)):
-                for peer, x in tensors.items():
-                    try:
-                        work = begin(x, group=self.group, tag=tag, **{_PEER[begin]: peer})
-                    except RuntimeError:  # its process has ended
-                        lost.add(peer)
-                    else:
-                        pending.append((peer, work))
-            for peer, work in pending:
-                try:
-                    work.wait()
-                except RuntimeError:
-                    lost.add(peer)
         size = sum(map(nbytes, sends.values()))
-        self._count("exchange", size, size, start)
+        with self._counted("exchange", size, size):
+            if dist.get_backend(self.group) == "nccl":
+                return self._exchange_both_ways(sends, receives)
+            return self._exchange_each(sends, receives, tag)
+
+    def _exchange_both_ways(
+        self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]
+    ) -> set[int]:
+        """For NCCL, which knows no tags and has to see both ways at once."""
+        ops = [self._op(dist.isend, x, peer) for peer, x in sends.items()]
+        ops += [self._op(dist.irecv, x, peer) for peer, x in receives.items()]
+        for done in dist.batch_isend_irecv(ops) if ops else []:
+            done.wait()
+        return set()
+
+    def _exchange_each(
+        self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int
+    ) -> set[int]:
+        lost: set[int] = set()
+        pending: list[tuple[int, Any]] = []
+        for begin, tensors in ((dist.irecv, receives), (dist.isend, sends)):
+            for peer, x in tensors.items():
+                try:
+                    work = begin(x, group=self.group, tag=tag, **{_PEER[begin]: peer})
+                except RuntimeError:  # its process has ended
+                    lost.add(peer)
+                else:
+                    pending.append((peer, work))
+        for peer, work in pending:
+            try:
+                work.wait()
+            except RuntimeError:
+                lost.add(peer)
         return lost
 
     def _op(self, op: Callable[..., Any], x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, x, group=self.group, group_peer=peer)
 
+    @_collective
     def all_gather_object(self, obj: Any) -> list[Any]:
         gathered: list[Any] = [None] * self._world_size
         dist.all_gather_object(gathered, obj, group=self.group)
         return gathered
 
+    @_collective
     def barrier(self) -> None:
         dist.barrier(group=self.group)
 
@@ -186,7 +225,12 @@ class DistComm:
             self._parts[label, own] = self.joined(group, label)
         return self._parts[label, own]
 
-    def _count(self, op: str, payload_bytes: int, wire_bytes: int, start: float) -> None:
+    @contextmanager
+    def _counted(self, op: str, payload_bytes: int, wire_bytes: int) -> Iterator[None]:
+        """Around a collective: its bytes, its time, and its range in a profile. One that fails is not counted."""
+        start = time.perf_counter()
+        with profiler_range(op):
+            yield
         seconds = time.perf_counter() - start
         self._bytes.add(self._label + op, payload_bytes, wire_bytes, seconds)
 
@@ -223,11 +267,28 @@ def new_group_like(
     """A private group of the same backend over the same ranks, or over those of ``group``'s ranks.
     Collective over its members alone, not over WORLD."""
     members = dist.get_process_group_ranks(group)
-    created = dist.new_group(
-        ranks=members if ranks is None else [members[rank] for rank in ranks],
-        timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
-        backend=dist.get_backend(group),
-        use_local_synchronization=True,
-    )
-    assert isinstance(created, torch.distributed.ProcessGroup)
-    return created
+
+    def make() -> dist.ProcessGroup:
+        created = dist.new_group(
+            ranks=members if ranks is None else [members[rank] for rank in ranks],
+            timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
+            backend=dist.get_backend(group),
+            use_local_synchronization=True,
+        )
+        assert isinstance(created, torch.distributed.ProcessGroup)
+        return created
+
+    return made_in_wiring(make)
+
+
+def made_in_wiring(make: Callable[[], dist.ProcessGroup], watch: bool = False) -> dist.ProcessGroup:
+    """The group that ``make`` makes, its connections known to the wiring that is in use, if any; collective over
+    the group then. ``watch``: see :meth:`commkit.connections.Wiring.keep`."""
+    wiring = connections.current()
+    if wiring is None:
+        return make()
+    with wiring.opening() as opened:
+        group = make()
+    own = [c.local for c in opened]
+    wiring.keep(opened, DistComm(group).all_gather_object(own), watch)
+    return group

@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -148,9 +148,22 @@ def build(kind: Kind, block: Any, path: str) -> Any:
     return _call(factory, fields, path)
 
 
-def _call(factory: Any, fields: Mapping[str, Any], path: str) -> Any:
-    """Call ``factory`` with ``fields`` checked against its signature."""
-    parameters = inspect.signature(factory).parameters
+def arguments(
+    factory: Any, fields: Mapping[str, Any], path: str, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """``fields`` as arguments of ``factory``, checked against its signature.
+
+    Args:
+        factory: a class or function with type hints.
+        fields: what a configuration says.
+        path: where it says so; begins every message.
+        given: parameters that come from elsewhere, which ``fields`` must not set.
+
+    Raises:
+        ConfigError: an unknown or missing field, or a wrong type.
+    """
+    every = inspect.signature(factory).parameters
+    parameters = {name: p for name, p in every.items() if name not in given}
     hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
     for name in fields:
         if name not in parameters:
@@ -160,7 +173,12 @@ def _call(factory: Any, fields: Mapping[str, Any], path: str) -> Any:
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in fields:
             raise ConfigError(f"{path}.{name} is missing; give it a value")
-    values = {name: _value(hints[name], v, f"{path}.{name}") for name, v in fields.items()}
+    return {name: _value(hints[name], v, f"{path}.{name}") for name, v in fields.items()}
+
+
+def _call(factory: Any, fields: Mapping[str, Any], path: str) -> Any:
+    """Call ``factory`` with ``fields`` checked against its signature."""
+    values = arguments(factory, fields, path)
     try:
         return factory(**values)
     except ConfigError:

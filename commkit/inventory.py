@@ -42,7 +42,19 @@ _WORKS_WITH: dict[str, tuple[str, ...]] = {
     "": ("Python alone",),
 }
 _REQUIRED = ("torch", "numpy", "pydantic", "PyYAML")
-_OPTIONAL = ("torchdata", "tqdm", "tyro", "matplotlib", "scikit-learn", "mpi4py", "deepspeed")
+_OPTIONAL = (
+    *(
+        "torchdata",
+        "tqdm",
+        "tyro",
+        "matplotlib",
+        "scikit-learn",
+        "mpi4py",
+        "deepspeed",
+        "lightning",
+    ),
+    *("accelerate", "transformers", "tensorboard", "wandb", "opentelemetry-sdk", "simpy"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class SchemeCard:
             scheme cannot be built without knobs.
         wire_bytes: sent for that.
         state_bytes: per parameter, between steps, mean of two ranks.
+        rounds: collectives of a rank in that step or round; None where it sends messages to one other.
     """
 
     name: str
@@ -70,6 +83,7 @@ class SchemeCard:
     payload_bytes: int | None
     wire_bytes: int | None
     state_bytes: float | None
+    rounds: int | None
 
 
 def scheme_cards() -> list[SchemeCard]:
@@ -126,6 +140,7 @@ def _card(name: str) -> SchemeCard:
         payload_bytes=cost.payload_bytes,
         wire_bytes=cost.wire_bytes,
         state_bytes=cost.state_bytes,
+        rounds=cost.rounds,
     )
 
 
@@ -137,6 +152,7 @@ class _Cost:
     payload_bytes: int | None = None
     wire_bytes: int | None = None
     state_bytes: float | None = None
+    rounds: int | None = None
 
 
 def _measure(name: str) -> _Cost:
@@ -156,14 +172,16 @@ def _measure(name: str) -> _Cost:
         if isinstance(made, PartitionScheme):  # between its slowest two ranks
             axis = made.tiers[-1]
             made = ShardedScheme(made.weights.get(axis), made.gradients.get(axis))
-        payload, wire = run_threads(partial(_measure_sharded, made, gathers), world_size=2)[0]
-        return _Cost("step of FSDP", payload, wire, 0.0)
+        payload, wire, rounds = run_threads(partial(_measure_sharded, made, gathers), world_size=2)[
+            0
+        ]
+        return _Cost("step of FSDP", payload, wire, 0.0, rounds)
     measure = _measure_method if isinstance(made, OuterScheme) else _measure_rank
     # Servers hold shards of unequal size: take the mean.
     told = run_threads(partial(measure, name), world_size=2)
-    payload, wire, state = (sum(column) / len(told) for column in zip(*told, strict=True))
+    payload, wire, state, rounds = (sum(column) / len(told) for column in zip(*told, strict=True))
     every = "round" if isinstance(made, OuterScheme) else "step"
-    return _Cost(every, round(payload), round(wire), state)
+    return _Cost(every, round(payload), round(wire), state, round(rounds))
 
 
 def _measure_task(scheme: AsyncScheme) -> _Cost:
@@ -192,14 +210,14 @@ def _size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _measure_method(name: str, comm: ThreadComm) -> tuple[int, int, float]:
+def _measure_method(name: str, comm: ThreadComm) -> tuple[int, int, float, int]:
     """Of a method with local updates: what a round of the whole model sends."""
     side = SIDE // 2  # a million parameters in layers, which some methods cut the model into
     model = torch.nn.Sequential(*(torch.nn.Linear(side, side, bias=False) for _ in range(4)))
     made = make_scheme(name, MEASURED_WITH.get(name))
     assert isinstance(made, OuterScheme)
     ran = run_rounds(made, model, comm)
-    return ran.payload_bytes, ran.wire_bytes, ran.state_bytes / SIDE**2
+    return ran.payload_bytes, ran.wire_bytes, ran.state_bytes / SIDE**2, ran.rounds
 
 
 def _measure_workers(made: StragglerScheme) -> _Cost:
@@ -235,19 +253,19 @@ def _measure_workers(made: StragglerScheme) -> _Cost:
     return _Cost("round", payload, wire, state / SIDE**2)
 
 
-def _measure_sharded(made: ShardedScheme, gathers: int, comm: ThreadComm) -> tuple[int, int]:
+def _measure_sharded(made: ShardedScheme, gathers: int, comm: ThreadComm) -> tuple[int, int, int]:
     """Of one parameter: its weights gathered, for forward and for backward or once, its gradient scattered."""
     made = dataclasses.replace(made, local_size=None if made.between is None else 1)
     ran = run_sharded(made, SIDE, gathers, comm)
-    return ran.payload_bytes, ran.wire_bytes
+    return ran.payload_bytes, ran.wire_bytes, ran.rounds
 
 
-def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float]:
+def _measure_rank(name: str, comm: ThreadComm) -> tuple[int, int, float, int]:
     made = make_scheme(name, MEASURED_WITH.get(name))
     assert isinstance(made, Reducer | OptimizerScheme)
     generator = torch.Generator().manual_seed(comm.rank)
     ran = run_steps(made, {"weight": torch.randn(SIDE, SIDE, generator=generator)}, comm)
-    return ran.payload_bytes, ran.wire_bytes, ran.state_bytes / SIDE**2
+    return ran.payload_bytes, ran.wire_bytes, ran.state_bytes / SIDE**2, ran.rounds
 
 
 def _backends() -> dict[str, bool]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from .aggregators.health import are_finite, require_finite
 from .aggregators.hierarchical import Hierarchical
@@ -21,7 +20,7 @@ from .aggregators.residuals import Outgoing, aggregate, compensate, update_feedb
 from .aggregators.stateless import Stateless
 from .clipping import clip_coefficient, mean_norm, require_norm
 from .feedback import NoFeedback, check_contraction
-from .metrics import StepStats
+from .metrics import StepStats, profiler_range
 from .policy import Policy
 from .registry import spec
 from .types import (
@@ -156,7 +155,8 @@ class Reducer:
             RuntimeError: a name is reduced twice in a step.
         """
         self._begin(named)
-        self._clip(named, comm)
+        with profiler_range("clip"):
+            self._clip(named, comm)
         return self._reduce(named, self.compresses(named), comm, hold)
 
     def compresses(self, named: Mapping[str, Tensor]) -> list[str]:
@@ -196,7 +196,7 @@ class Reducer:
         ctxs = {key: self._ctx(key, x) for key, x in named.items()}
         dense = [key for key in named if key not in compressed]
         self._compressed.update(compressed)
-        with record_function("commkit::reduce"):
+        with profiler_range("reduce"):
             try:
                 results = self._reduce_compressed(compressed, named, ctxs, comm, hold)
             except NonFiniteError:
@@ -240,6 +240,12 @@ class Reducer:
         self.step += 1
         self._begin_step()
         return stats
+
+    def abandon(self) -> None:
+        """Give up the step under way as if it had never begun: after a failed reduction, to do it again."""
+        step, skipped, compressed = self.step, self.skipped, self.compressed
+        self.end_step(keep=False)
+        self.step, self.skipped, self.compressed = step, skipped, compressed
 
     def forget(self, keys: Collection[str]) -> None:
         """Drop whatever is unsent of ``keys``: what is reduced under these names is another thing from now
@@ -301,30 +307,35 @@ class Reducer:
     ) -> dict[str, Tensor]:
         if not keys:
             return {}
-        outgoing = [
-            Outgoing(named[key].to(ctxs[key].work_dtype, copy=True))
-            if key in hold
-            else compensate(self.feedback, self.aggregator, named[key], ctxs[key])
-            for key in keys
-        ]
-        outcomes = aggregate(self.aggregator, outgoing, [ctxs[key] for key in keys], comm)
+        with profiler_range("compensate"):
+            outgoing = [
+                Outgoing(named[key].to(ctxs[key].work_dtype, copy=True))
+                if key in hold
+                else compensate(self.feedback, self.aggregator, named[key], ctxs[key])
+                for key in keys
+            ]
+        with profiler_range("aggregate"):
+            outcomes = aggregate(self.aggregator, outgoing, [ctxs[key] for key in keys], comm)
         # A mean that fits float32 may not fit the gradient's dtype: then it cannot be delivered.
-        ready = {
-            key: self.feedback.deliver(outcome.mean, key).to(named[key].dtype)
-            for key, outcome in zip(keys, outcomes, strict=True)
-            if self.feedback.changes_mean or named[key].dtype != ctxs[key].work_dtype
-        }
+        with profiler_range("deliver"):
+            ready = {
+                key: self.feedback.deliver(outcome.mean, key).to(named[key].dtype)
+                for key, outcome in zip(keys, outcomes, strict=True)
+                if self.feedback.changes_mean or named[key].dtype != ctxs[key].work_dtype
+            }
         require_finite(ready.values())
         self._contributed(min(outcome.num_contributors for outcome in outcomes))
         by_key = dict(zip(keys, zip(outgoing, outcomes, strict=True), strict=True))
         used = [key for key in keys if key not in hold]
-        update_feedback(
-            self.feedback, [by_key[k][0] for k in used], [by_key[k][1] for k in used], used
-        )
-        for key, x in ready.items():
-            named[key].copy_(x)
-        rest = [key for key in keys if key not in ready]
-        means_into([by_key[key][1] for key in rest], [named[key] for key in rest])
+        with profiler_range("update_feedback"):
+            update_feedback(
+                self.feedback, [by_key[k][0] for k in used], [by_key[k][1] for k in used], used
+            )
+        with profiler_range("deliver"):
+            for key, x in ready.items():
+                named[key].copy_(x)
+            rest = [key for key in keys if key not in ready]
+            means_into([by_key[key][1] for key in rest], [named[key] for key in rest])
         return {key: named[key] for key in keys}
 
     @property

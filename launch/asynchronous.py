@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import commkit
 from commkit.comm import DistComm, new_group_like
-from commkit.metrics import MetricsSink
+from commkit.metrics import MetricsSink, finite
 from commkit.outer import AsyncScheme, AsyncServer, AsyncWorker
 from commkit.outer.async_local_sgd import PushRecord
 from commkit.schemes import make_scheme
@@ -34,9 +34,10 @@ from launch import baselines
 from launch.gpt import count_parameters
 from launch.loop import autocast, measured
 from launch.optimizer import make_optimizer
-from launch.rundir import finite, sinks_of, software
+from launch.rundir import software
 from launch.schedule import learning_rate
 from launch.settings import TrainSettings
+from launch.sinks import open_sinks
 from launch.tasks import Task
 from launch.world import LauncherWatch
 
@@ -223,7 +224,7 @@ class Server:
                 self.load()
             if self.writes:
                 run.prepare(settings.model_dump(mode="json"), self.position.step)
-                self.sinks, self.validation_sinks = sinks_of(run, settings.tensorboard)
+                self.sinks, self.validation_sinks = open_sinks(run, settings)
                 print(self.describe(), flush=True)
             if self.job.meter:
                 self.job.meter.start()
@@ -240,7 +241,7 @@ class Server:
         if self.writes:
             if settings.eval.every:
                 self.validated(validation)
-            run.write_summary(self.facts(validation))
+            print(run.write_summary(self.facts(validation)), flush=True)
             for sink in {*self.sinks, *self.validation_sinks}:
                 sink.close()
         leave()
@@ -305,6 +306,7 @@ class Server:
                 "rounds": _part(sent[2], count, place),
                 "residual_norm": None,
                 "num_contributors": 1,
+                "nonfinite": None,
             }
             for place in range(count)
         ]

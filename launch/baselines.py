@@ -47,6 +47,7 @@ class BaselineCost:
     exposed_comm_seconds: float | None = None
     residual_norm: float | None = None
     num_contributors: int | None = None
+    nonfinite: bool | None = None
 
 
 class NoKnobs(Section):

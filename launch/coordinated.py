@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import commkit
-from commkit.metrics import JsonLinesSink, MetricsSink, TensorBoardSink
+from commkit.metrics import MetricsSink, finite
 from commkit.schemes import make_scheme
 from commkit.straggler import (
     Coordinator,
@@ -39,9 +39,9 @@ from launch import baselines
 from launch.gpt import count_parameters
 from launch.optimizer import make_optimizer
 from launch.progress import Progress
-from launch.rundir import finite
 from launch.schedule import learning_rate
 from launch.settings import TrainSettings
+from launch.sinks import open_sinks
 from launch.world import LauncherWatch
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class CoordinatedRun:
         with coordinator:
             if self.leads:
                 self.job.run.prepare(settings.model_dump(mode="json"), self.progress.step)
-                self.open_sinks()
+                self.sinks, self.validation_sinks = open_sinks(self.job.run, self.settings)
                 print(self.describe(), flush=True)
             self._bar = tqdm(
                 total=settings.steps,
@@ -186,7 +186,7 @@ class CoordinatedRun:
                 coordinator.run(settings.steps * len(self.models), self.on_step, self.whole_at)
         if self.leads:
             validation = self.evaluate()
-            self.job.run.write_summary(self.facts(coordinator, validation))
+            print(self.job.run.write_summary(self.facts(coordinator, validation)), flush=True)
             for sink in {*self.sinks, *self.validation_sinks}:
                 sink.close()
 
@@ -249,6 +249,7 @@ class CoordinatedRun:
             "rounds": rounds,
             "residual_norm": coordinator.residual_norm,
             "num_contributors": min(len(record.contributors) for record in records),
+            "nonfinite": any(record.skipped for record in records),
         }
 
     def count_tokens(self, records: list[StepRecord]) -> None:
@@ -335,15 +336,6 @@ class CoordinatedRun:
             if all((directory / name).is_file() for name in names)
         ]
         return complete[-1] if complete else None
-
-    def open_sinks(self) -> None:
-        run = self.job.run
-        self.sinks.append(JsonLinesSink(run.metrics))
-        self.validation_sinks.append(JsonLinesSink(run.validation))
-        if self.settings.tensorboard:
-            board = TensorBoardSink(run.path / "tensorboard")
-            self.sinks.append(board)
-            self.validation_sinks.append(board)
 
     def describe(self) -> str:
         """One line: what is about to run."""

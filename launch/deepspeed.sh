@@ -2,6 +2,7 @@
 # Run a training program under DeepSpeed's launcher (0.19), without ssh: run the same line on each machine.
 #
 #   NPROC=2 launch/deepspeed.sh launch/train.py --config configs/powersgd.yaml
+#   NPROC=2 launch/deepspeed.sh configs/deepspeed/onebit_adam.json   # launch/deepspeed_train.py, with DeepSpeed's engine
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 IFNAME=eth0 launch/deepspeed.sh launch/train.py ...
 #
 # Ranks get RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as under
@@ -18,6 +19,9 @@
 #   PYTHON           interpreter (python3)
 set -euo pipefail
 
+if [[ ${1:-} == *.json ]]; then
+  set -- "$(dirname "${BASH_SOURCE[0]}")/deepspeed_train.py" --config "$@"
+fi
 python=${PYTHON:-python3}
 nproc=${NPROC:-1}
 nnodes=${NNODES:-1}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import commkit
 from commkit import ShardedReplicas
-from commkit.metrics import MetricsSink
+from commkit.metrics import MetricsSink, finite
 from commkit.outer import AdLoCo, DFedSAM, OuterSync
 from commkit.sharded import PartitionedOptimizer
 from commkit.types import Comm
@@ -27,7 +27,7 @@ from launch import sharding
 from launch.attachment import Attachment
 from launch.interface import InterfaceMeter
 from launch.progress import Progress, RandomState
-from launch.rundir import RunDirectory, finite
+from launch.rundir import RunDirectory
 from launch.schedule import learning_rate
 from launch.settings import TrainSettings
 from launch.tasks import Task
@@ -152,6 +152,7 @@ class Trainer:
             "rounds": stats.rounds,
             "residual_norm": stats.residual_norm,
             "num_contributors": stats.num_contributors,
+            "nonfinite": stats.nonfinite,
         }
 
     def mean_loss(self, local: Tensor) -> float:
@@ -229,12 +230,17 @@ class Trainer:
             for buffer in self.module.buffers():
                 self.comm.broadcast(buffer, src=0)
         mine = self.task.validation(self.rank, self.comm.world_size)
-        if isinstance(self.model, FSDPModule):
+        if self.forward_is_collective:
             mine = self.as_many_for_all(mine)
         sums = measured(self.module, self.task, mine, self.device, self.settings)
         *totals, count = self.sum_over_ranks(sums).tolist()
         self.progress.tick()
         return {name: total / count for name, total in zip(self.task.metrics, totals, strict=True)}
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether ranks gather weights for each other in forward."""
+        return isinstance(self.model, FSDPModule)
 
     def as_many_for_all(self, mine: Iterator[Tensor]) -> Iterator[Tensor]:
         """``mine``, and then empty batches, so that all ranks of a sharded model run forward equally often."""

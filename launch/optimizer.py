@@ -28,10 +28,7 @@ def make_optimizer(
             value is out of range.
     """
     optim = settings.optim
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2]},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = decaying_groups(model)
     common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
     special: dict[str, Any] = {"betas": optim.betas}
     if optim.name == "sgd":
@@ -66,6 +63,14 @@ def make_optimizer(
     if optim.name == "sgd":
         return SGD(groups, **common, **special)
     return AdamW(groups, **common, **special, fused=True)
+
+
+def decaying_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay is for matrices only."""
+    return [
+        {"params": [p for p in model.parameters() if p.ndim >= 2]},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def _accepted(scheme: OptimizerScheme, offered: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,21 +13,20 @@ All ranks must see the same directory; rank 0 alone writes, except into checkpoi
 
 import fcntl
 import json
-import math
 import os
 import platform
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
 
 import commkit
-from commkit.metrics import JsonLinesSink, MetricsSink, TensorBoardSink
+from commkit.metrics import RunSummary, finite, summary
 
 # Bytes, rounds and seconds are those of this step on rank 0. The loss is the mean over the ranks in
 # nats per byte or image, before the update. Tokens are counted over all ranks since the run began.
@@ -49,6 +48,7 @@ METRIC_KEYS = (
     "rounds",
     "residual_norm",
     "num_contributors",
+    "nonfinite",
 )
 TRAIN_LOSS_STEPS = 10  # summary.json's train_loss is the mean of this many last steps
 KEPT_CHECKPOINTS = 2
@@ -123,16 +123,12 @@ class RunDirectory:
         for path in [*unfinished, *self.complete_checkpoints()[:-KEPT_CHECKPOINTS]]:
             shutil.rmtree(path)
 
-    def write_summary(self, facts: Mapping[str, Any]) -> None:
-        """Write ``summary.json``: ``facts`` and what the per-step records add up to."""
-        summary = {**facts, **aggregate(read_records(self.metrics))}
-        write_atomically(self.summary, json.dumps(finite(summary), indent=2) + "\n")
-
-
-def sinks_of(run: RunDirectory, tensorboard: bool) -> tuple[list[MetricsSink], list[MetricsSink]]:
-    """Where records of steps and of evaluations go: JSON lines, and TensorBoard if it is asked for."""
-    boards = [TensorBoardSink(run.path / "tensorboard")] if tensorboard else []
-    return [JsonLinesSink(run.metrics), *boards], [JsonLinesSink(run.validation), *boards]
+    def write_summary(self, facts: Mapping[str, Any]) -> RunSummary:
+        """Write ``summary.json``: ``facts`` and what the per-step records add up to, which is returned."""
+        records = read_records(self.metrics)
+        whole = {**facts, **aggregate(records)}
+        write_atomically(self.summary, json.dumps(finite(whole), indent=2) + "\n")
+        return summary(records)
 
 
 def software() -> dict[str, str]:
@@ -146,14 +142,17 @@ def software() -> dict[str, str]:
 
 def aggregate(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Totals and medians over per-step records; None where there is nothing to take them of."""
+    told = summary(records)
     losses = [record["loss"] for record in records[-TRAIN_LOSS_STEPS:]]
     return {
         "train_loss": fmean(losses) if losses and None not in losses else None,
-        "total_wire_bytes": _total(records, "wire_bytes"),
-        "total_payload_bytes": _total(records, "payload_bytes"),
-        "total_dense_bytes": _total(records, "dense_bytes"),
-        "median_step_seconds": _median(records, "step_seconds"),
-        "median_exposed_comm_seconds": _median(records, "exposed_comm_seconds"),
+        "total_wire_bytes": told.wire_bytes,
+        "total_payload_bytes": told.payload_bytes,
+        "total_dense_bytes": told.dense_bytes,
+        "median_step_seconds": told.median_step_seconds,
+        "median_exposed_comm_seconds": told.median_exposed_comm_seconds,
+        "exposed_share": told.exposed_share,
+        "nonfinite_steps": told.nonfinite_steps,
     }
 
 
@@ -168,26 +167,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with inf and NaN, which JSON does not know, as None."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file as a whole: a reader sees the old text or the new, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _median(records: list[dict[str, Any]], key: str) -> float | None:
-    values = [record[key] for record in records]
-    return median(values) if values and None not in values else None
-
-
-def _total(records: list[dict[str, Any]], key: str) -> int | None:
-    values = [record[key] for record in records]
-    return None if None in values else sum(values)

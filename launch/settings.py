@@ -154,7 +154,10 @@ class TrainSettings(Section):
     eval: EvalSettings = EvalSettings()
     ddp: DDPSettings = DDPSettings()
     fsdp: FSDPSettings = FSDPSettings()
+    # Sinks of records besides metrics.jsonl; see :mod:`launch.sinks`.
     tensorboard: bool = False
+    wandb: bool = False  # WANDB_PROJECT, WANDB_MODE ... say the rest
+    opentelemetry: bool = False  # OTEL_EXPORTER_OTLP_ENDPOINT ... say the rest
     scheme: dict[str, Any]  # {name: ..., knobs}, handed to commkit.attach; or "torch:..."
 
     @model_validator(mode="before")
@@ -215,5 +218,17 @@ def _density_warmup(block: Any) -> int:
 
 # What may differ between a run and its resumption without making it another run.
 RESUMABLE_CHANGES = frozenset(
-    {"steps", "max_seconds", "batch", "checkpoint", "eval", "ddp", "fsdp", "device", "tensorboard"}
+    {
+        "steps",
+        "max_seconds",
+        "batch",
+        "checkpoint",
+        "eval",
+        "ddp",
+        "fsdp",
+        "device",
+        "tensorboard",
+        "wandb",
+        "opentelemetry",
+    }
 )

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -32,8 +31,9 @@ from launch.gpt import count_parameters
 from launch.interface import InterfaceMeter, meter_from_environment
 from launch.loop import Trainer
 from launch.optimizer import make_optimizer
-from launch.rundir import RunDirectory, sinks_of, software
+from launch.rundir import RunDirectory, software
 from launch.settings import RESUMABLE_CHANGES, TrainSettings
+from launch.sinks import open_sinks, require_packages
 from launch.tasks import Task, make_task
 from launch.world import LauncherWatch, World
 
@@ -97,22 +97,21 @@ def main(words: Sequence[str] | None = None) -> None:
         train(trainer)
 
 
-def prepare(arguments: Arguments) -> Job:
-    """Check everything that can be checked alone."""
+def prepare(
+    arguments: Arguments, read: "Callable[[Arguments], TrainSettings] | None" = None
+) -> Job:
+    """Check everything that can be checked alone. ``read`` makes settings of the arguments, where they do not name a
+    recipe."""
     world = World.from_environment()
     try:
-        settings = read_settings(arguments)
+        settings = (read or read_settings)(arguments)
         baselines.check(settings.scheme, arguments.resume)
         run = RunDirectory(arguments.out or Path("runs") / arguments.config.stem)
         if arguments.resume:
             check_same_run(run, settings)
         else:
             run.refuse_to_overwrite()
-        if settings.tensorboard and find_spec("tensorboard") is None:
-            raise ValueError(
-                "tensorboard: got true, but the package is missing; pip install tensorboard, "
-                "or say --set tensorboard=false"
-            )
+        require_packages(settings)
         if world.rank == 0:
             run.lock()
         device = world.device(settings.device)
@@ -186,10 +185,23 @@ def set_up(job: Job) -> Trainer:
         except ValueError as error:
             raise SetupError(str(error)) from error
     if world.rank == 0:
-        job.run.prepare(settings.model_dump(mode="json"), trainer.progress.step)
-        open_sinks(trainer)
-        print(describe(trainer), flush=True)
+        open_records(trainer)
     return trainer
+
+
+def open_records(trainer: Trainer) -> None:
+    """Make the run's directory ready for records, and say what is about to run. On rank 0.
+
+    Raises:
+        SetupError: a sink cannot be opened.
+    """
+    settings = trainer.settings
+    trainer.run.prepare(settings.model_dump(mode="json"), trainer.progress.step)
+    try:
+        trainer.sinks, trainer.validation_sinks = open_sinks(trainer.run, settings)
+    except RuntimeError as error:
+        raise SetupError(str(error)) from error
+    print(describe(trainer), flush=True)
 
 
 def role_of(job: Job) -> Callable[[], None] | None:
@@ -227,11 +239,6 @@ def wrap(model: torch.nn.Module, settings: TrainSettings, device: torch.device) 
     )
 
 
-def open_sinks(trainer: Trainer) -> None:
-    """Records go to JSON lines, and to TensorBoard if the settings ask for it."""
-    trainer.sinks, trainer.validation_sinks = sinks_of(trainer.run, trainer.settings.tensorboard)
-
-
 def describe(trainer: Trainer) -> str:
     """One line: what is about to run."""
     return (
@@ -246,7 +253,7 @@ def train(trainer: Trainer) -> None:
     """Run to the end and write the summary."""
     validation = trainer.train(LauncherWatch())
     if trainer.rank == 0:
-        trainer.run.write_summary(facts(trainer, validation))
+        print(trainer.run.write_summary(facts(trainer, validation)), flush=True)
         for sink in {*trainer.sinks, *trainer.validation_sinks}:
             sink.close()
     trainer.handle.close()

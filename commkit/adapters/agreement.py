@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -26,7 +26,7 @@ def agree_to_attach(
         Exception: whatever the two functions raise.
     """
     error: Exception | None = None
-    fingerprint: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     try:
         refuse_attached(module)
         reducer = make_reducer()
@@ -34,14 +34,18 @@ def agree_to_attach(
         optimizer = getattr(reducer, "optimizer", None)
         if isinstance(optimizer, CommOptimizer):
             optimizer.bind(parameters, comm)
-        fingerprint = {
-            "scheme": reducer.spec(),
-            "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in parameters.items()},
-            "step": reducer.step,
-        }
+        told = fingerprint(reducer, parameters) | {"step": reducer.step}
     except Exception as caught:
         error = caught
-    agree(comm, fingerprint, error)
+    agree(comm, told, error)
     if isinstance(optimizer, CommOptimizer):
         optimizer.set_up()
     return reducer, parameters
+
+
+def fingerprint(reducer: Reducer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """What must be equal on all ranks."""
+    return {
+        "scheme": reducer.spec(),
+        "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in parameters.items()},
+    }

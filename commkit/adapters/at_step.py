@@ -6,24 +6,31 @@ Nothing of the communication is hidden behind backward.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..aggregators import Hierarchical
 from ..comm import DistComm, new_group_like, require_group
+from ..membership import Elastic
 from ..metrics import StepStats
+from ..optim import CommOptimizer
 from ..reducer import Reducer
 from ..runtime.agreement import (
+    agree,
     mark_attached,
+    refuse_attached,
     trainable_parameters,
     wrapped_in_ddp,
 )
 from ..runtime.meter import StepMeter
-from .agreement import agree_to_attach
+from ..runtime.redealing import dealt_again, for_everybody
+from ..types import StateDict
+from .agreement import agree_to_attach, fingerprint
 from .kept import KeepsState
 from .loss_scale import write_back
 
@@ -39,15 +46,28 @@ class StepHandle(KeepsState[Reducer]):
         optimizer: Optimizer,
         group: dist.ProcessGroup,
         timeout_s: float,
+        members: Elastic | None = None,
     ) -> None:
         self.reducer = reducer
-        self.comm = DistComm(group)
-        self._private_comm = DistComm(new_group_like(group, timeout_s), timeout_s)
-        reducer.prepare(parameters, self._private_comm)
         self._parameters = parameters
-        self._meter = StepMeter(self._private_comm)
+        self._timeout_s = timeout_s
+        self._members = members
         self._last_step = StepStats()
+        self.comm = DistComm(group)
+        if members is None:  # which call rebuild() when the loop begins
+            self._connect(group)
         self._registration = optimizer.register_step_pre_hook(self._reduce)
+        if members is not None:
+            members.add(self)
+
+    def _connect(self, group: dist.ProcessGroup) -> None:
+        """Reduce over ``group`` from now on. Collective."""
+        self.comm = DistComm(group)
+        self._private_comm = DistComm(new_group_like(group, self._timeout_s), self._timeout_s)
+        if self._members is not None:
+            dealt_again(self.reducer, self._parameters, self.comm)
+        self.reducer.prepare(self._parameters, self._private_comm)
+        self._meter = StepMeter(self._private_comm)
 
     @property
     def last_step(self) -> StepStats:
@@ -70,10 +90,55 @@ class StepHandle(KeepsState[Reducer]):
             if p.grad is None:  # a rank that skips a collective would hang the others
                 p.grad = torch.zeros_like(p)
         named = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        if self._members is not None:
+            self._members.require_together()
         write_back(self.reducer.reduce(dict(named), self._private_comm), named, 1.0)
+        if self._members is not None:
+            self._members.settle(self._private_comm)
         seconds = time.perf_counter() - start
         self._meter.add(seconds)
         self._last_step = self._meter.close(self.reducer.end_step(), exposed=seconds)
+
+    # What a change of the members asks for.
+
+    rounds = False
+
+    def give_up(self) -> None:
+        """The step under way is given up: state is that before it, and gradients are gone."""
+        self.reducer.abandon()
+        for p in self._parameters.values():
+            p.grad = None
+
+    def rebuild(self) -> None:
+        """Reduce over the default group, which is another one now. Collective over it.
+
+        Raises:
+            RuntimeError: its ranks disagree on scheme or model.
+        """
+        group = require_group(None)
+        comm, error = DistComm(group), None
+        optimizer = getattr(self.reducer, "optimizer", None)
+        try:
+            if isinstance(optimizer, CommOptimizer):
+                optimizer.bind(self._parameters, comm)
+        except ValueError as refusal:
+            error = refusal
+        agree(comm, fingerprint(self.reducer, self._parameters), error)
+        if isinstance(optimizer, CommOptimizer):
+            optimizer.set_up()
+        self._connect(group)
+
+    def catch_up(self) -> bool:
+        """Nothing: steps are whole."""
+        return False
+
+    def shared_state_dict(self) -> StateDict:
+        """What a worker that joins gets: all but what a rank has for itself."""
+        return for_everybody(self.reducer.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore this rank's state, or begin with what :meth:`shared_state_dict` gave."""
+        self.reducer.load_state_dict(dict(state))
 
 
 def attach_at_step(
@@ -82,8 +147,11 @@ def attach_at_step(
     optimizer: Optimizer,
     process_group: dist.ProcessGroup | None,
     timeout_s: float,
+    members: Elastic | None = None,
+    stepped: Callable[[], dict[str, nn.Parameter]] | None = None,
 ) -> StepHandle:
-    """See :func:`commkit.attach`."""
+    """See :func:`commkit.attach`. ``stepped`` finds what the optimizer steps by parameter name, where that is not
+    the model's parameters."""
     group = require_group(process_group)
 
     def parameters() -> dict[str, nn.Parameter]:
@@ -96,7 +164,18 @@ def attach_at_step(
             )
         return found
 
-    reducer, found = agree_to_attach(model, DistComm(group), make, parameters)
-    handle = StepHandle(reducer, found, optimizer, group, timeout_s)
+    if members is None:
+        reducer, found = agree_to_attach(
+            model, DistComm(group), make, parameters if stepped is None else stepped
+        )
+    else:  # they agree when the loop begins, and again after each loss
+        refuse_attached(model)
+        reducer, found = make(), parameters()
+        if isinstance(reducer.aggregator, Hierarchical):
+            raise TypeError(
+                "a hierarchical scheme counts on full nodes, which a lost worker leaves behind; with members, use the "
+                "scheme without hierarchical"
+            )
+    handle = StepHandle(reducer, found, optimizer, group, timeout_s, members)
     mark_attached(model)
     return handle

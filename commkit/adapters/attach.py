@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 
 from ..comm import DistComm, require_group
 from ..feedback import MomentumCorrection
+from ..membership import Elastic
 from ..optim import CommOptimizer
 from ..outer import OuterScheme, OuterSync
+from ..outer.following import Follower, follow_members
 from ..reducer import Reducer
 from ..runtime.agreement import agree
 from ..schemes import Scheme, make_reducer, make_scheme
@@ -34,6 +36,7 @@ def attach(
     mesh: DeviceMesh | None = None,
     grad_scaler: GradScaler | None = None,
     timeout_s: float = 1800.0,
+    members: Elastic | None = None,
     **knobs: Any,
 ) -> "Handle | StepHandle | ShardedHandle | FSDP1Handle | PartitionHandle | OuterSync":
     """Reduce a model's gradients with ``scheme`` from now on, or synchronise its weights if ``scheme`` trains
@@ -56,6 +59,8 @@ def attach(
         grad_scaler: the GradScaler of fp16 training, so that residuals and momenta are kept in the units of
             unscaled gradients while the scale changes.
         timeout_s: seconds after which a stuck reduction raises on all ranks.
+        members: workers that may be lost and joined by others; the attachment follows them. For plain modules, without
+            process_group. Not collective then: workers agree when their loop begins, and again when others join.
         knobs: fields of the scheme, e.g. ``rank=4``.
 
     Raises:
@@ -79,15 +84,16 @@ def attach(
 
     made = _made(scheme, knobs)
     _check_mesh(model, mesh)
+    _check_members(members, model, process_group)
     if isinstance(made, OuterScheme):
         if mesh is not None:
             process_group = replicas_of(model, mesh)
-        return _start(made, model, optimizer, process_group)
+        return _start(made, model, optimizer, process_group, members)
 
     def make() -> Reducer:
         reducer = made if isinstance(made, Reducer) else make_reducer(scheme, knobs)  # type: ignore[arg-type]
         if optimizer is not None:
-            _refuse_double_momentum(reducer, optimizer)
+            refuse_double_momentum(reducer, optimizer)
         return reducer
 
     if isinstance(model, FSDPModule | FullyShardedDataParallel):
@@ -107,7 +113,7 @@ def attach(
     _check_plain(model, optimizer, grad_scaler)
     assert optimizer is not None
     return attach_at_step(
-        model, make, optimizer if owner is None else owner, process_group, timeout_s
+        model, make, optimizer if owner is None else owner, process_group, timeout_s, members
     )
 
 
@@ -117,6 +123,22 @@ def _check_mesh(model: nn.Module, mesh: DeviceMesh | None) -> None:
             f"mesh is for models that fully_shard was called on, got {type(model).__name__}; leave it out, or shard "
             "the model first"
         )
+
+
+def _check_members(
+    members: Elastic | None,
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None,
+) -> None:
+    if members is None:
+        return
+    if isinstance(model, FSDPModule | FullyShardedDataParallel | DistributedDataParallel):
+        raise TypeError(
+            f"{type(model).__name__} cannot follow members that change, as its groups are its own; give "
+            "attach(members=...) the plain module"
+        )
+    if process_group is not None:
+        raise TypeError("with members the group is that of all of them; leave process_group out")
 
 
 def _check_plain(
@@ -175,6 +197,7 @@ def _start(
     model: nn.Module,
     optimizer: Optimizer | None,
     process_group: dist.ProcessGroup | None,
+    members: Elastic | None,
 ) -> OuterSync:
     """The method at work; a model that it cannot take is refused on every rank."""
     if optimizer is None:
@@ -183,13 +206,23 @@ def _start(
         )
     try:
         method = scheme(model, optimizer, process_group)
+        if members is not None:
+            follow_members(method, members)
     except Exception as error:
-        agree(DistComm(require_group(process_group)), {}, error)
+        if members is None:
+            agree(DistComm(require_group(process_group)), {}, error)
         raise
-    return method.start()
+    if members is None:
+        return method.start()
+    members.add(Follower(method))
+    return method
 
 
-def _refuse_double_momentum(reducer: Reducer, optimizer: Optimizer) -> None:
+def refuse_double_momentum(reducer: Reducer, optimizer: Optimizer) -> None:
+    """
+    Raises:
+        ValueError: the optimizer has a momentum beside one that is corrected.
+    """
     if not isinstance(reducer.feedback, MomentumCorrection):
         return
     for group in optimizer.param_groups:

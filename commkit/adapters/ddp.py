@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..comm import DistComm, new_group_like, require_group
 from ..metrics import StepStats
 from ..reducer import Reducer
-from ..runtime.agreement import mark_attached, trainable_parameters
+from ..runtime.agreement import mark_attached, trainable_parameters, wrapped_in_ddp
 from ..runtime.alarm import Alarm
 from ..runtime.meter import StepMeter
 from ..runtime.worker import ReductionWorker
@@ -37,6 +37,7 @@ class Handle:
         comm: collectives over DDP's own group, for the training thread (loss means and the like). The
             reductions have a group to themselves.
         last_step: :class:`~commkit.StepStats` of the last synchronised backward pass.
+        grad_scaler: as given to :func:`commkit.attach`; may still be set before the first backward pass.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Handle:
         like = {name: p for p, name in names.items()}  # type: ignore[no-untyped-call]
         reducer.prepare(like, self._private_comm)
         self._worker = ReductionWorker(Alarm(group, str(_attachments)), timeout_s, device)
-        self._scaler = grad_scaler
+        self.grad_scaler = grad_scaler
         self._waiting: dict[str, Tensor] = {}
         self._last_step = StepStats()
         self._meter = StepMeter(self._private_comm)
@@ -109,7 +110,7 @@ class Handle:
     ) -> Tensor:
         start = time.perf_counter()
         hold = _unused(named) if self._may_skip_parameters else ()
-        scale = scale_of(self._scaler)
+        scale = scale_of(self.grad_scaler)
         results = self.reducer.reduce(unscaled(named, scale), self._private_comm, hold)
         write_back(results, named, scale)
         end = time.perf_counter()
@@ -119,8 +120,61 @@ class Handle:
         return buffer
 
 
+class DeferredHandle:
+    """State of a hook that is registered before there is a model or a process group; it attaches to the
+    DistributedDataParallel of the first bucket that it is given.
+
+    Args:
+        scheme: as for :func:`commkit.attach`.
+        knobs: fields of the scheme.
+        timeout_s: as for :func:`commkit.attach`.
+
+    Attributes:
+        handle: of the attachment; None before the first bucket.
+
+    Raises:
+        ConfigError: unknown scheme or field, or a value out of range.
+        TypeError: a scheme that does not reduce gradients.
+    """
+
+    def __init__(self, scheme: Scheme, knobs: dict[str, Any], timeout_s: float) -> None:
+        make_reducer(scheme, knobs)
+        self.scheme, self.knobs, self.timeout_s = scheme, knobs, timeout_s
+        self.handle: Handle | None = None
+
+    def attach(
+        self, model: DistributedDataParallel, grad_scaler: GradScaler | None = None
+    ) -> Handle:
+        """What the first bucket does, now. Collective."""
+        self.handle = _handle(
+            model,
+            lambda: make_reducer(self.scheme, self.knobs),
+            model.process_group,
+            grad_scaler,
+            self.timeout_s,
+            _may_skip_parameters(model),
+            sole_hook=False,  # it is registered, and this one
+        )
+        mark_attached(model)
+        return self.handle
+
+    def submit(
+        self,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
+        """Attach, the first time; then queue the reduction. Called by the hook, in the order of all ranks."""
+        if self.handle is None:
+            model = wrapped_in_ddp(bucket.parameters())
+            if model is None:
+                raise RuntimeError(
+                    "no DistributedDataParallel holds the parameters of this bucket; use commkit.attach"
+                )
+            return self.attach(model).submit(bucket)
+        return self.handle.submit(bucket)
+
+
 def ddp_hook(
-    state: Handle,
+    state: Handle | DeferredHandle,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
     """The communication hook: ``ddp.register_comm_hook(handle, ddp_hook)``."""
@@ -140,11 +194,15 @@ def attach_ddp(
         model.process_group,
         grad_scaler,
         timeout_s,
-        model.find_unused_parameters or model.static_graph,
+        _may_skip_parameters(model),
     )
     model.register_comm_hook(handle, ddp_hook)
     mark_attached(model)
     return handle
+
+
+def _may_skip_parameters(model: DistributedDataParallel) -> bool:
+    return bool(model.find_unused_parameters or model.static_graph)
 
 
 def ddp_comm_hook(
@@ -189,11 +247,12 @@ def _handle(
     grad_scaler: GradScaler | None,
     timeout_s: float,
     may_skip_parameters: bool,
+    sole_hook: bool = True,
 ) -> Handle:
     group = require_group(process_group)
     inner = module.module if isinstance(module, DistributedDataParallel) else module
     reducer, parameters = agree_to_attach(
-        module, DistComm(group), make, lambda: _reduced_parameters(module, inner)
+        module, DistComm(group), make, lambda: _reduced_parameters(module, inner, sole_hook)
     )
     names = WeakTensorKeyDictionary()
     for name, parameter in parameters.items():
@@ -202,11 +261,21 @@ def _handle(
     return Handle(reducer, names, group, device, may_skip_parameters, timeout_s, grad_scaler)
 
 
-def _reduced_parameters(module: nn.Module, inner: nn.Module) -> dict[str, nn.Parameter]:
+def _reduced_parameters(
+    module: nn.Module, inner: nn.Module, sole_hook: bool
+) -> dict[str, nn.Parameter]:
     """Parameters that DDP reduces, by name."""
     if getattr(module, "mixed_precision", None) is not None:
         raise ValueError(
             "DDP(mixed_precision=...) registers a hook of its own; use torch.autocast instead"
+        )
+    hooks = getattr(
+        module, "_comm_hooks", None
+    )  # DDP has no public word for it, and takes one hook only
+    if hooks and sole_hook:
+        name = getattr(hooks[0][0], "__qualname__", type(hooks[0][0]).__name__)
+        raise RuntimeError(
+            f"the model has a communication hook already, {name}; register one only: leave it out, or commkit's"
         )
     return trainable_parameters(inner)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..metrics import profiler_range
 from ..registry import register
 from ..types import Aggregated, Comm, Compressor, Payload, TensorCtx
 from .health import health, require_finite
@@ -73,6 +74,9 @@ class AllGather(Stateless):
         rank: int,
     ) -> list[Payload]:
         left = [i for i, payload in enumerate(made) if payload is None]
-        rest = self.compressor.compress_each([xs[i] for i in left], [ctxs[i] for i in left], rank)
+        with profiler_range("compress"):
+            rest = self.compressor.compress_each(
+                [xs[i] for i in left], [ctxs[i] for i in left], rank
+            )
         payloads = dict(zip(left, rest, strict=True))
         return [payload or payloads[i] for i, payload in enumerate(made)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..metrics import profiler_range
 from ..registry import register
 from ..types import Aggregated, Comm, Compressor, Payload, TensorCtx
 from .health import health, require_finite
@@ -40,11 +41,11 @@ class AllReduce(Stateless):
     def aggregate(
         self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
     ) -> list[Aggregated]:
-        payloads = [
-            self.compressor.compress(x, c, comm.rank) for x, c in zip(xs, ctxs, strict=True)
-        ]
+        with profiler_range("compress"):
+            payloads = self.compressor.compress_each(xs, ctxs, comm.rank)
         reduced = _all_reduce_mean(payloads, health(xs, ctxs[0].device), comm)
-        means = [self.compressor.decompress(p, c) for p, c in zip(reduced, ctxs, strict=True)]
+        with profiler_range("decompress"):
+            means = [self.compressor.decompress(p, c) for p, c in zip(reduced, ctxs, strict=True)]
         require_finite(means)
         return [
             Aggregated(mean, self._sent(x, ctx, comm), comm.world_size)
@@ -53,9 +54,10 @@ class AllReduce(Stateless):
 
     def _sent(self, x: Tensor, ctx: TensorCtx, comm: Comm) -> Callable[[], Tensor]:
         def sent() -> Tensor:
-            payload = self.compressor.compress(x, ctx, comm.rank)
-            scaled = tuple(t.div_(comm.world_size) for t in payload)
-            return self.compressor.decompress(scaled, ctx).mul_(comm.world_size)
+            with profiler_range("decompress"):
+                payload = self.compressor.compress(x, ctx, comm.rank)
+                scaled = tuple(t.div_(comm.world_size) for t in payload)
+                return self.compressor.decompress(scaled, ctx).mul_(comm.world_size)
 
         return sent
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..feedback import NoFeedback, check_contraction
+from ..metrics import profiler_range
 from ..registry import register
 from ..types import (
     NODE,
@@ -102,15 +103,18 @@ class Hierarchical:
         servers = [server_of(ctx.key, place) for ctx in ctxs]
         served = [[i for i, server in enumerate(servers) if server == r] for r in range(size)]
         mine = served[place.intra.rank]
-        means = _node_means(xs, served, place.intra)
+        with profiler_range("inside_node"):
+            means = _node_means(xs, served, place.intra)
         failure: NonFiniteError | None = None
         contributors = place.inter.world_size
         if mine:
             try:
-                means, contributors = self._between_nodes(means, [ctxs[i] for i in mine], place)
+                with profiler_range("between_nodes"):
+                    means, contributors = self._between_nodes(means, [ctxs[i] for i in mine], place)
             except NonFiniteError as error:
                 failure = error
-        results, nodes = _share(means, xs, served, failure, contributors, place.intra)
+        with profiler_range("inside_node"):
+            results, nodes = _share(means, xs, served, failure, contributors, place.intra)
         return [Aggregated(results[i], x, nodes * size) for i, x in enumerate(xs)]
 
     def _between_nodes(

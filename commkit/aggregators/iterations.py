@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from ..metrics import profiler_range
 from ..types import Aggregated, Comm
 from .health import require_finite
 from .lowrank import LowRank, left_products, orthonormalise, right_products
@@ -27,17 +28,20 @@ def two_sided(batch: Batch, starts_q: WarmStarts, keep: bool, comm: Comm) -> lis
         for g in groups
     ]
     deltas = [batch.deltas(g) for g in groups]
-    for matrices, start, p in zip(deltas, starts, ps, strict=True):
-        right_products(matrices, start, out=p)
+    with profiler_range("compress"):
+        for matrices, start, p in zip(deltas, starts, ps, strict=True):
+            right_products(matrices, start, out=p)
     _average(first, comm)  # inf or NaN in any delta has reached its P
     for i, mean in zip(batch.dense, dense_means, strict=True):
         results[i] = Aggregated(mean, batch.xs[i], comm.world_size)
 
     q_shapes = [g.q_shape for g in groups]
     second = first.new_empty(sum(map(math.prod, q_shapes)))
-    qs, ps = views(second, q_shapes), [orthonormalise(p) for p in ps]
-    for matrices, p, q in zip(deltas, ps, qs, strict=True):
-        left_products(p, matrices, out=q)
+    with profiler_range("orthonormalise"):
+        qs, ps = views(second, q_shapes), [orthonormalise(p) for p in ps]
+    with profiler_range("compress"):
+        for matrices, p, q in zip(deltas, ps, qs, strict=True):
+            left_products(p, matrices, out=q)
     own_qs = views(second.clone(), q_shapes)
     _average(second, comm)
     for g, start, p, q, own_q in zip(groups, starts, ps, qs, own_qs, strict=True):
@@ -66,12 +70,14 @@ def alternating(
     for g, out in zip(groups, outs, strict=True):
         known, length = (starts_q, g.columns) if g.odd else (starts_p, g.rows)
         starts = known.starts(g.rank, length, [batch.ctxs[i] for i in g.members], buffer)
-        basis = orthonormalise(torch.stack(starts).transpose(1, 2))  # (b, length, rank)
-        if g.odd:
-            basis = basis.transpose(1, 2).contiguous()
-            right_products(batch.deltas(g), basis.unbind(), out=out)
-        else:
-            left_products(basis, batch.deltas(g), out=out)
+        with profiler_range("orthonormalise"):
+            basis = orthonormalise(torch.stack(starts).transpose(1, 2))  # (b, length, rank)
+        with profiler_range("compress"):
+            if g.odd:
+                basis = basis.transpose(1, 2).contiguous()
+                right_products(batch.deltas(g), basis.unbind(), out=out)
+            else:
+                left_products(basis, batch.deltas(g), out=out)
         bases.append(basis)
     own_outs = views(tail(buffer, outs).clone(), shapes)
     _average(buffer, comm)  # inf or NaN in any delta has reached its product

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..metrics import profiler_range
 from ..types import Aggregated
 
 
@@ -37,7 +38,8 @@ class LowRank(Aggregated):
     def mean_into(self, out: Tensor) -> None:
         p, q = self._factors
         if out.dtype == p.dtype and out.is_contiguous():
-            torch.mm(p, q, out=out.view(p.shape[0], -1))
+            with profiler_range("decompress"):
+                torch.mm(p, q, out=out.view(p.shape[0], -1))
         else:
             super().mean_into(out)
 
@@ -45,7 +47,8 @@ class LowRank(Aggregated):
         if not compensated.is_contiguous():
             return False
         p, q = self._own
-        compensated.view(p.shape[0], -1).addmm_(p, q, alpha=-1)
+        with profiler_range("decompress"):
+            compensated.view(p.shape[0], -1).addmm_(p, q, alpha=-1)
         return True
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..compressors import BlockQuantize
+from ..metrics import profiler_range
 from ..registry import register
 from ..types import SHARED, Aggregated, Comm, Compressor, StateDict, TensorCtx, section
 from .exchange import Exchange
@@ -133,7 +134,8 @@ class LowRankQuantized:
         # Transposed, so that a block of the code lies in one column.
         lying = [p.transpose(1, 2).contiguous() for p in ps]
         mean_ps, _ = self._averages(lying, ctxs, "P", comm)
-        bases = [orthonormalise(p.transpose(1, 2)) for p in mean_ps]
+        with profiler_range("orthonormalise"):
+            bases = [orthonormalise(p.transpose(1, 2)) for p in mean_ps]
         qs = [dense.new_empty(g.q_shape) for g in groups]
         for matrices, basis, q in zip(deltas, bases, qs, strict=True):
             left_products(basis, matrices, out=q)
@@ -171,24 +173,29 @@ class LowRankQuantized:
                 flats.append(x.reshape(-1))
         device = flats[0].device
         code, rank = self.compressor, comm.rank
-        payloads = {s: code.compress(flats[s.index][s.start : s.end], s.ctx, rank) for s in shards}
+        with profiler_range("compress"):
+            payloads = {
+                s: code.compress(flats[s.index][s.start : s.end], s.ctx, rank) for s in shards
+            }
         exchange = Exchange(shards, comm)
         received = exchange.to_owners(payloads, health(flats, device))
         served = exchange.served_by(rank)
-        wanted = {
-            s: code.combine([each[number] for each in received], s.ctx)
-            for number, s in enumerate(served)
-        }
-        # ~rank: rounding must be independent of the first stage's.
-        answers = [code.compress(wanted[s], s.ctx, ~rank) for s in served]
+        with profiler_range("serve"):
+            wanted = {
+                s: code.combine([each[number] for each in received], s.ctx)
+                for number, s in enumerate(served)
+            }
+            # ~rank: rounding must be independent of the first stage's.
+            answers = [code.compress(wanted[s], s.ctx, ~rank) for s in served]
         told = exchange.to_all(answers, payloads, health(wanted.values(), device))
 
         means, sent = ([torch.empty_like(x) for x in factors] for _ in range(2))
         mean_flats = [x.view(-1) for of_group in means for x in of_group.unbind()]
         sent_flats = [x.view(-1) for of_group in sent for x in of_group.unbind()]
         for s in shards:
-            mean = code.decompress(told[s], s.ctx).view(-1)
-            own = code.decompress(payloads[s], s.ctx).view(-1)
+            with profiler_range("decompress"):
+                mean = code.decompress(told[s], s.ctx).view(-1)
+                own = code.decompress(payloads[s], s.ctx).view(-1)
             if s in wanted:
                 own.add_(mean - wanted[s].view(-1), alpha=comm.world_size)
             mean_flats[s.index][s.start : s.end] = mean

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..metrics import profiler_range
 from ..ops import empty
 from ..types import Aggregated, Compressor, Payload, TensorCtx
 
@@ -69,7 +70,8 @@ class Decoded(Aggregated):
 
     def _form_sent(self) -> Tensor:
         decompress = self.compressor.decompress
-        sent = [decompress(part.own, part.ctx).view(-1) for part in self.parts]
+        with profiler_range("decompress"):
+            sent = [decompress(part.own, part.ctx).view(-1) for part in self.parts]
         if not sent:
             return torch.zeros(self._ctx.shape, dtype=self._ctx.work_dtype, device=self._ctx.device)
         return (sent[0] if len(sent) == 1 else torch.cat(sent)).view(self._ctx.shape)
@@ -84,7 +86,10 @@ def means_into(outcomes: Sequence[Aggregated], outs: Sequence[Tensor]) -> None:
         elif not together.takes(outcome, out):
             out.copy_(outcome.mean)
     for compressor, parts, pieces in together.calls():
-        compressor.combine_each_into(pieces, [p.received for p in parts], [p.ctx for p in parts])
+        with profiler_range("decompress"):
+            compressor.combine_each_into(
+                pieces, [p.received for p in parts], [p.ctx for p in parts]
+            )
 
 
 def take_sent(outcomes: Sequence[Aggregated], compensated: Sequence[Tensor]) -> list[bool]:
@@ -95,7 +100,8 @@ def take_sent(outcomes: Sequence[Aggregated], compensated: Sequence[Tensor]) -> 
         for outcome, x in zip(outcomes, compensated, strict=True)
     ]
     for compressor, parts, pieces in together.calls():
-        compressor.subtract_each_(pieces, [p.own for p in parts], [p.ctx for p in parts])
+        with profiler_range("decompress"):
+            compressor.subtract_each_(pieces, [p.own for p in parts], [p.ctx for p in parts])
     return taken
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..metrics import profiler_range
 from ..registry import register
 from ..types import Aggregated, Comm, Compressor, Payload, TensorCtx
 from .health import health
@@ -78,9 +79,8 @@ class Robust(Stateless):
         self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
     ) -> list[Aggregated]:
         check_num_faulty(self.rule, comm.world_size, self.num_faulty)
-        payloads = [
-            self.compressor.compress(x, c, comm.rank) for x, c in zip(xs, ctxs, strict=True)
-        ]
+        with profiler_range("compress"):
+            payloads = self.compressor.compress_each(xs, ctxs, comm.rank)
         inputs = [] if self.compressor.shows_nonfinite else xs
         flag = health([*inputs, *(t for payload in payloads for t in payload)], ctxs[0].device)
         rows = comm.all_gather(encode(payloads, flag))
@@ -107,4 +107,5 @@ class Robust(Stateless):
         ]
 
     def _stack(self, payloads: Sequence[Payload], ctx: TensorCtx) -> Tensor:
-        return torch.stack([self.compressor.decompress(payload, ctx) for payload in payloads])
+        with profiler_range("decompress"):
+            return torch.stack([self.compressor.decompress(payload, ctx) for payload in payloads])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..compressors.ternary import clipped, largest
+from ..metrics import profiler_range
 from ..registry import register
 from ..types import Aggregated, Comm, NonFiniteError, Payload, TensorCtx
 from .exchange import Exchange
@@ -68,19 +69,21 @@ class TernGrad(Stateless):
             s for i, ctx in enumerate(ctxs) for s in shards_of(i, ctx, world_size, self.granule)
         ]
         codes: dict[Shard, Payload] = {}
-        for s in shards:
-            part, seed = flats[s.index][s.start : s.end], s.ctx.shared_seed(comm.rank)
-            codes[s] = (ops.pack_ternary(ops.ternarize(part, scales[s.index], seed)),)
+        with profiler_range("compress"):
+            for s in shards:
+                part, seed = flats[s.index][s.start : s.end], s.ctx.shared_seed(comm.rank)
+                codes[s] = (ops.pack_ternary(ops.ternarize(part, scales[s.index], seed)),)
 
         healthy = scales.new_zeros(
             ()
         )  # of whole numbers; the gradients were looked at with the scales
         exchange = Exchange(shards, comm)
         received = exchange.to_owners(codes, healthy)
-        answers = [
-            _sum([of_rank[number][0] for of_rank in received], s.numel)
-            for number, s in enumerate(exchange.served_by(comm.rank))
-        ]
+        with profiler_range("serve"):
+            answers = [
+                _sum([of_rank[number][0] for of_rank in received], s.numel)
+                for number, s in enumerate(exchange.served_by(comm.rank))
+            ]
         like = {s: (_empty_sum(s.numel, world_size),) for s in shards}
         sums = exchange.to_all(answers, like, healthy)
         return [
@@ -142,13 +145,14 @@ def _mean(
     world_size: int,
 ) -> Tensor:
     bits = sum_bits(world_size)
-    parts = [
-        sums[s][0].to(ctx.work_dtype)
-        if bits == 16
-        else ops.unpack_codes(sums[s][0], s.numel, bits, ctx.work_dtype)
-        for s in shards
-    ]
-    return _scaled(parts, scale.to(ctx.work_dtype) / world_size, ctx)
+    with profiler_range("decompress"):
+        parts = [
+            sums[s][0].to(ctx.work_dtype)
+            if bits == 16
+            else ops.unpack_codes(sums[s][0], s.numel, bits, ctx.work_dtype)
+            for s in shards
+        ]
+        return _scaled(parts, scale.to(ctx.work_dtype) / world_size, ctx)
 
 
 def _sent(

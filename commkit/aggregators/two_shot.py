@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..feedback import NoFeedback, check_contraction
+from ..metrics import profiler_range
 from ..ops import empty
 from ..registry import register
 from ..types import (
@@ -84,9 +85,12 @@ class TwoShot:
             for i, ctx in enumerate(ctxs)
             for s in shards_of(i, ctx, comm.world_size, self.granule)
         ]
-        made = self.compressor.compress_each(
-            [flats[s.index][s.start : s.end] for s in shards], [s.ctx for s in shards], comm.rank
-        )
+        with profiler_range("compress"):
+            made = self.compressor.compress_each(
+                [flats[s.index][s.start : s.end] for s in shards],
+                [s.ctx for s in shards],
+                comm.rank,
+            )
         payloads = dict(zip(shards, made, strict=True))
         device = ctxs[0].device
         # A pass over every gradient, where no payload tells what it would find.
@@ -94,7 +98,8 @@ class TwoShot:
         flag = health([*inputs, *(t for payload in payloads.values() for t in payload)], device)
         exchange = Exchange(shards, comm)
         received = exchange.to_owners(payloads, flag)
-        combined = self._serve(exchange.served_by(comm.rank), received, comm.rank)
+        with profiler_range("serve"):
+            combined = self._serve(exchange.served_by(comm.rank), received, comm.rank)
         means = exchange.to_all(
             combined, payloads, health((t for p in combined for t in p), device)
         )
@@ -115,13 +120,15 @@ class TwoShot:
         """The owner's half: combine the ranks' payloads of each shard and compress the mean."""
         ctxs = [shard.ctx for shard in mine]
         means = [empty((ctx.numel,), ctx.work_dtype, ctx.device) for ctx in ctxs]
-        self.compressor.combine_each_into(means, list(zip(*received, strict=True)), ctxs)
+        with profiler_range("decompress"):
+            self.compressor.combine_each_into(means, list(zip(*received, strict=True)), ctxs)
         # Nobody sent anything: nobody may use the answer either, so the residual waits.
         used = [i for i, mean in enumerate(means) if bool(mean[:_FIRST].any()) or bool(mean.any())]
         for i in used:
             means[i] = compensate_own(self.server_feedback, means[i], ctxs[i].key)
         # ~rank: rounding must be independent of the first stage's.
-        combined = self.compressor.compress_each(means, ctxs, ~rank)
+        with profiler_range("compress"):
+            combined = self.compressor.compress_each(means, ctxs, ~rank)
         update_with_payloads(
             self.server_feedback,
             [means[i] for i in used],

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..registry import register
 from ..types import Compressor, Payload, TensorCtx
-from .unsigned import buckets, check_buckets, pack_unsigned, unpack_unsigned
+from .unsigned import buckets, check_buckets, check_size, pack_unsigned, unpack_unsigned
 
 
 @register("compressor", "learned_levels")
@@ -85,6 +85,8 @@ class LearnedLevels(Compressor):
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         codes, ranges, levels = payload
+        check_size("ranges", ranges, -(-ctx.numel // self.bucket_size), 2)
+        check_size("levels", levels, 1 << self.bits)
         values = levels[unpack_unsigned(codes, ctx.numel, self.bits).long()]
         rows = buckets(values, self.bucket_size)
         whole = torch.addcmul(ranges[:, :1], rows, ranges[:, 1:], value=2.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..registry import register
 from ..types import Compressor, Payload, TensorCtx
-from .unsigned import buckets, check_buckets, pack_unsigned, unpack_unsigned
+from .unsigned import buckets, check_buckets, check_size, pack_unsigned, unpack_unsigned
 
 
 @register("compressor", "min_max")
@@ -71,6 +71,7 @@ class MinMax(Compressor):
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         codes, ranges = payload
+        check_size("ranges", ranges, -(-ctx.numel // self.bucket_size), 2)
         rows = buckets(unpack_unsigned(codes, ctx.numel, self.bits).float(), self.bucket_size)
         values = torch.addcmul(ranges[:, :1], rows, ranges[:, 1:])
         return values.view(-1)[: ctx.numel].to(ctx.work_dtype).view(ctx.shape)

@@ -20,13 +20,28 @@ def pack_unsigned(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_unsigned(packed: Tensor, numel: int, bits: int) -> Tensor:
-    """Inverse of :func:`pack_unsigned`: (numel,) uint8."""
+    """Inverse of :func:`pack_unsigned`: (numel,) uint8.
+
+    Raises:
+        ValueError: ``packed`` is of another size.
+    """
     per_byte = 8 // bits
+    check_size("codes", packed, -(-numel // per_byte))
     if per_byte == 1:
         return packed
     top = (1 << bits) - 1
     parts = [(packed >> (place * bits)) & top for place in range(per_byte)]
     return torch.stack(parts, dim=1).view(-1)[:numel]
+
+
+def check_size(name: str, x: Tensor, *shape: int) -> None:
+    """What a peer sent may be anything.
+
+    Raises:
+        ValueError: ``x`` is of another shape.
+    """
+    if x.shape != shape:
+        raise ValueError(f"{name} of a payload has shape {tuple(x.shape)} and must have {shape}")
 
 
 def check_buckets(bits: int, bucket_size: int) -> None:

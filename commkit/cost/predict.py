@@ -14,7 +14,7 @@ from .traffic import Law, Sent
 
 FIRST_BUCKET, BUCKET = 1024**2, 25 * 1024**2  # bytes: DDP's defaults
 ELEMENT = 4  # bytes of a gradient
-MODEL_ERROR = 0.15  # of communication: what the committed measurements stray from this model, see benchmarks/predicted.py
+MODEL_ERROR = 0.15  # of communication: what the model is allowed to be off; benchmarks/predicted.py says where it is
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,15 @@ class Ran:
 
     Args:
         payload_bytes, wire_bytes: that this rank sent.
+        rounds: its collectives.
         state_bytes: that it keeps between steps.
         seconds: that it took, collectives excluded.
-        calls: its collectives, where ``comm`` writes them down.
+        calls: these collectives, where ``comm`` writes them down.
     """
 
     payload_bytes: int
     wire_bytes: int
+    rounds: int
     state_bytes: int
     seconds: float
     calls: tuple[Call, ...]
@@ -132,6 +134,7 @@ class _Mark:
         return Ran(
             now.payload_bytes - then.payload_bytes,
             now.wire_bytes - then.wire_bytes,
+            now.rounds - then.rounds,
             sum(x.numel() * x.element_size() for x in kept),
             time.perf_counter() - self._start - (now.seconds - then.seconds),
             tuple(self._calls[self._first :]),

@@ -148,5 +148,9 @@ def stratified_indices(numel: int, k: int, seed: int, device: torch.device) -> T
 
 def scatter_accumulate_(out: Tensor, indices: Tensor, values: Tensor) -> None:
     """``out[indices] += values`` in place. Indices are unique, so that the result is deterministic."""
+    if values.shape != indices.shape:
+        raise ValueError(
+            f"values has shape {tuple(values.shape)} and must have {tuple(indices.shape)}, as indices"
+        )
     positions = indices.long()
     out.index_copy_(0, positions, out.index_select(0, positions) + values.to(out.dtype))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -20,7 +21,7 @@ from ..reducer import Reducer
 from ..runtime.shards import local, sharded_like
 from ..types import RANK, Aggregator, Comm, Feedback, StateDict
 
-Parameters: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]]"
+Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 _REDUCER, _RANK, _WORLD_SIZE = "reducer", "rank", "world_size"
 _OWN = "optimizer::"
@@ -41,9 +42,12 @@ class CommOptimizer(Optimizer):
     Attributes:
         reducer: the scheme at work.
         settings: what else must be equal on all ranks, as plain data; compared at attach.
+        residuals_apart: somebody else saves ``reducer``, so :meth:`state_dict` leaves it out and is equal on all ranks.
+            Set by adapters for frameworks, which save an optimizer once for all ranks.
     """
 
     supports_zero = False
+    residuals_apart = False
     settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
@@ -56,6 +60,7 @@ class CommOptimizer(Optimizer):
         self._parameters: dict[str, nn.Parameter] = {}
         self._groups: dict[str, dict[str, Any]] = {}
         self._saved_by: tuple[int, int] | None = None  # of state loaded before attach
+        self._dormant = False
 
     @property
     def attached(self) -> bool:
@@ -150,6 +155,16 @@ class CommOptimizer(Optimizer):
                     f"parameter {min(missing)!r} is in no rank's optimizer; add it, or freeze it"
                 )
 
+    @contextmanager
+    def dormant(self) -> Iterator[None]:
+        """Inside the block steps do nothing: wrappers step once when they are built, to see state appear, and
+        that is before anything can be attached."""
+        self._dormant = True
+        try:
+            yield
+        finally:
+            self._dormant = False
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Apply what backward left in ``p.grad``. A step whose reduction was not finite changes nothing,
@@ -158,6 +173,8 @@ class CommOptimizer(Optimizer):
         Raises:
             RuntimeError: not attached.
         """
+        if self._dormant:
+            return None
         if not self.attached:
             raise RuntimeError(
                 f"{type(self).__name__} communicates but is not attached; call "
@@ -216,6 +233,8 @@ class CommOptimizer(Optimizer):
         ``commkit.checkpoint`` saves :meth:`shared_state_dict` and the reducer apart, and so can load at
         another world size.
         """
+        if self.residuals_apart:
+            return self.shared_state_dict()
         own = {_RANK: -1, _WORLD_SIZE: 0}
         if self.comm is not None:
             own = {_RANK: self.comm.rank, _WORLD_SIZE: self.comm.world_size}
@@ -303,7 +322,9 @@ class OptimizerReducer(Reducer):
 
     def spec(self) -> dict[str, Any]:
         assert self.optimizer is not None
-        settings = {k: v for k, v in self.optimizer.defaults.items() if k != "lr"}
+        # The second is torch's own, and there only once state was loaded.
+        skipped = ("lr", "differentiable")
+        settings = {k: v for k, v in self.optimizer.defaults.items() if k not in skipped}
         return super().spec() | {
             "optimizer": {
                 "name": type(self.optimizer).__name__,

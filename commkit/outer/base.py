@@ -19,7 +19,8 @@ from typing_extensions import Self
 from ..aggregators import AllReduce
 from ..comm import DistComm, new_group_like, require_group
 from ..compressors import NoCompression
-from ..metrics import StepStats
+from ..membership import Elastic
+from ..metrics import StepStats, profiler_range
 from ..reducer import Reducer, all_reduce_dense
 from ..registry import spec
 from ..runtime.agreement import (
@@ -31,6 +32,7 @@ from ..runtime.agreement import (
 )
 from ..runtime.alarm import Alarm, NoAlarm, RankFailure
 from ..runtime.meter import StepMeter
+from ..runtime.redealing import dealt_again
 from ..runtime.shards import local
 from ..runtime.worker import ReductionWorker
 from ..types import SHARED, Comm
@@ -82,6 +84,9 @@ class OuterSync:
         weight: of this replica's next contributions, such as its number of tokens; 1 by default.
         comm: collectives for the training thread.
         reducer: the scheme at work.
+        members: set before it starts: ranks may be lost and joined by others.
+        newcomer: this replica has joined the others since their last round, so it has nothing to contribute to the
+            next.
 
     Raises:
         ValueError: ``sync_every`` below 1, or what :class:`Replica` refuses.
@@ -114,6 +119,9 @@ class OuterSync:
         self.step = self.round = self.skipped_rounds = 0
         self.was_reset = False
         self.weight = 1.0
+        self.members: Elastic | None = None
+        self.newcomer = False
+        self.at_unit: int | None = None  # whose round is under way
         self.units = self.make_units()
         self._group = process_group
         self._make_outer = outer_optimizer
@@ -214,8 +222,9 @@ class OuterSync:
         comm, private, alarm = self._join(self._group)
         agree(comm, *self._fingerprint())
         self.comm = comm
-        with torch.no_grad():
-            self.replica.follow(private, src=0)
+        if self.members is None:  # which gives weights to those who have none
+            with torch.no_grad():
+                self.replica.follow(private, src=0)
         if self.anchored:
             self._anchors = Anchors(self.replica, self._make_outer, self.options.offload)
             agree(comm, {"outer optimizer": self._anchors.optimizer_settings()}, None)
@@ -249,8 +258,9 @@ class OuterSync:
             self.perform_sync()
         if self.options.final_sync:
             for unit in filter(self.is_open, self.units):
-                self.prepare_sync(unit)
-                self.perform_sync()
+                self.make_round(unit)
+                while self._in_flight:
+                    self.perform_sync()
 
     def is_open(self, unit: Unit) -> bool:
         """Whether steps were taken since the last round of ``unit`` began."""
@@ -278,29 +288,54 @@ class OuterSync:
         while self._in_flight and self._in_flight[0].apply_at <= self.step:
             self.perform_sync()
         for unit in self.due():
-            self.prepare_sync(unit)
-            if self.delay(unit) == 0:
-                self.perform_sync()
+            self.make_round(unit)
+
+    def make_round(self, unit: Unit) -> None:
+        """Begin a round of ``unit``, and end it too unless its outcome is for later. If ranks are lost, those that are
+        left begin it anew."""
+        while True:
+            begun, number = dict(self._begun), self.round
+            try:
+                if self.members is not None:
+                    self.at_unit = unit.index
+                    self.members.catch_up()
+                self.prepare_sync(unit)
+                if self.delay(unit) == 0:
+                    self.perform_sync()
+            except RoundAborted as error:
+                if self.members is None:
+                    raise
+                self._begun, self.round = begun, number
+                if not self.members.survive(error):
+                    raise
+            else:
+                self.newcomer, self.at_unit = False, None
+                return
 
     def prepare_sync(self, unit: Unit | None = None) -> None:
         """Begin a round of ``unit`` (the only one if not given): take the snapshot and start to reduce it."""
         unit = self.units[0] if unit is None else unit
+        with profiler_range("prepare_sync"):
+            transfer = self._taken(unit)
+        self.round += 1
+        self._begun[unit.index] = self.step
+        self._submit(transfer)
+        self._in_flight.append(transfer)
+
+    def _taken(self, unit: Unit) -> Transfer:
+        """The snapshot of a round that begins now."""
         average = self.options.average_buffers and unit.buffers
-        transfer = Transfer(
+        return Transfer(
             unit,
             self.round,
             self.step + self.delay(unit),
             self.snapshot(unit),
-            self.weight,
+            0.0 if self.newcomer else self.weight,
             BufferAverage({n: self.replica.buffers[n] for n in unit.buffers}) if average else None,
             [x.to(torch.float32, copy=True) for x in self.replica.inner_state(unit.parameters)]
             if self.options.inner_state == "average"
             else [],
         )
-        self.round += 1
-        self._begun[unit.index] = self.step
-        self._submit(transfer)
-        self._in_flight.append(transfer)
 
     def perform_sync(self) -> None:
         """End the oldest round that is in flight: wait for it, step the outer optimizer, write back.
@@ -309,17 +344,20 @@ class OuterSync:
             RoundAborted: it failed, here or on another rank.
             FloatingPointError: no replica is finite and the method has nothing to return to.
         """
-        transfer = self._in_flight.popleft()
-        self._wait(transfer)
-        self.was_reset = not transfer.finite
-        if transfer.skipped:
-            self.skipped_rounds += 1
-            self.roll_back(transfer.unit)
-        else:
-            self.apply(transfer.unit, transfer.values)
-            if transfer.buffers is not None:
-                transfer.buffers.write()
-        self._renew_inner_state(transfer)
+        with profiler_range("perform_sync"):
+            transfer = self._in_flight.popleft()
+            with profiler_range("wait"):
+                self._wait(transfer)
+            self.was_reset = not transfer.finite
+            if transfer.skipped:
+                self.skipped_rounds += 1
+                self.roll_back(transfer.unit)
+            else:
+                with profiler_range("apply"):
+                    self.apply(transfer.unit, transfer.values)
+                    if transfer.buffers is not None:
+                        transfer.buffers.write()
+            self._renew_inner_state(transfer)
 
     def roll_back(self, unit: Unit) -> None:
         """Return to the last synchronised weights."""
@@ -342,7 +380,10 @@ class OuterSync:
             self._worker.close()
         comm, private, alarm = self._join(process_group)
         agree(comm, *self._fingerprint())
-        if self._anchors is not None and self.common_anchors:
+        if self.members is not None:
+            if self._anchors is not None:  # as ranks do that start now
+                agree(comm, {"outer optimizer": self._anchors.optimizer_settings()}, None)
+        elif self._anchors is not None and self.common_anchors:
             # A rank may have applied a round that the others have not, if the failure came between.
             agree(comm, {"anchors": self._anchors.digests()}, None)
         self._group, self.comm = process_group, comm
@@ -434,6 +475,8 @@ class OuterSync:
         group = require_group(group)
         timeout_s = self.options.timeout_s
         private = DistComm(new_group_like(group, timeout_s), timeout_s)
+        if self.members is not None:  # who tell of failures
+            return DistComm(group), private, NoAlarm()
         shards = self.replica.shard_group
         if shards is None:
             return DistComm(group), private, Alarm(group, f"outer{_started}")
@@ -454,7 +497,8 @@ class OuterSync:
                 "options": spec(dataclasses.replace(self.options, offload=False)),
                 "reducer": self.reducer.spec(),
                 **self.replica.fingerprint(),
-                **self.position(),
+                # Who joins is given the others' position.
+                **(self.position() if self.members is None else {}),
             }, None
         except Exception as error:
             return {}, error
@@ -484,6 +528,8 @@ class OuterSync:
         self._meter = StepMeter(private)
         like = {name: self.snapshot_like(name) for name in self.replica.parameters}
         self._round_comm = self.round_comm(private)
+        if self.members is not None:
+            dealt_again(self.reducer, self.replica.parameters, private)
         self.reducer.prepare(like, self._round_comm)
         self._worker = ReductionWorker(alarm, self.options.timeout_s, self.replica.device)
 
@@ -497,7 +543,8 @@ class OuterSync:
 
     def _submit(self, transfer: Transfer) -> None:
         def carry_out() -> None:
-            self.carry_out(transfer, self._round_comm)
+            with profiler_range("carry_out"):
+                self.carry_out(transfer, self._round_comm)
             self._stats.append(transfer.stats)
 
         transfer.future = self.in_background(carry_out, transfer.tensors)
@@ -521,7 +568,8 @@ class OuterSync:
 
     def carry_out(self, transfer: Transfer, comm: Comm) -> None:
         """The communication of one round, on the worker's thread."""
-        transfer.carry_out(self.reducer, comm, self._shards)
+        settle = None if self.members is None else self.members.settle_round
+        transfer.carry_out(self.reducer, comm, self._shards, settle)
 
     def _wait(self, transfer: Transfer) -> None:
         if transfer.future is None:
@@ -535,8 +583,11 @@ class OuterSync:
                 x.record_stream(stream)
 
     def _abort(self, failure: RankFailure) -> None:
-        self.reducer.end_step(keep=False)
         self._in_flight.clear()
+        if self.members is not None:  # the round is made anew
+            self.reducer.abandon()
+            raise RoundAborted(f"round {self.round - 1} failed: {failure}") from failure
+        self.reducer.end_step(keep=False)
         self._begun.clear()
         if self.options.on_abort == "rollback" and self._anchors is not None:
             self.restart_from_anchors()

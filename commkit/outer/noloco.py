@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..aggregators.health import health
 from ..aggregators.message import decode, encode, flag_of
+from ..metrics import profiler_range
 from ..registry import spec
 from ..runtime.alarm import Alarm, NoAlarm
 from ..types import Comm, Compressor, TensorCtx
@@ -235,17 +236,16 @@ class NoLoCo(Decentralised):
             for name, x in transfer.values.items()
         ]
         values = list(transfer.values.values())
-        payloads = [
-            compressor.compress(x, ctx, self.peers.rank)
-            for x, ctx in zip(values, ctxs, strict=True)
-        ]
+        with profiler_range("compress"):
+            payloads = compressor.compress_each(values, ctxs, self.peers.rank)
         flag = health([*values, *(x for payload in payloads for x in payload)], values[0].device)
         message = encode(payloads, flag)
         arrived = self.peers.swap(message, met, met, tag_of(transfer.number, _WEIGHTS))
 
         def decoded(x: Tensor) -> Tensor:
             got = decode(x, payloads)
-            tensors = [compressor.decompress(p, ctx) for p, ctx in zip(got, ctxs, strict=True)]
+            with profiler_range("decompress"):
+                tensors = [compressor.decompress(p, ctx) for p, ctx in zip(got, ctxs, strict=True)]
             return flat(dict(zip(transfer.values, tensors, strict=True)))
 
         theirs = {}

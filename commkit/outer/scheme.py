@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -51,6 +52,7 @@ class OuterScheme:
 
     def checked(self, layers: int = 1) -> OuterScheme:
         """Raise now what is wrong with the knobs, not when a model of so many layers comes."""
-        model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(layers)))
+        with torch.random.fork_rng(devices=[]):  # weights are drawn, from nobody's generator
+            model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(layers)))
         self(model, SGD(model.parameters(), lr=0.0))
         return self

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from ..types import Comm
 from .buffers import BufferAverage
 from .roster import Roster
 from .units import Unit
+
+Settle: TypeAlias = Callable[[Comm], None]
 
 
 @dataclass
@@ -78,10 +80,13 @@ class Transfer:
     def device(self) -> torch.device:
         return next(iter(self.tensors), torch.empty(0)).device
 
-    def carry_out(self, reducer: Reducer, comm: Comm, shards: Comm | None = None) -> None:
+    def carry_out(
+        self, reducer: Reducer, comm: Comm, shards: Comm | None = None, settle: Settle | None = None
+    ) -> None:
         """Turn ``values`` into the weighted mean over the ranks whose values are finite, and commit if
         every rank got that far. Collective over ``comm`` and over ``shards``, the ranks that hold one
-        replica together: what is not finite on one of them is left out on all."""
+        replica together: what is not finite on one of them is left out on all. ``settle`` finds out who got
+        that far where ranks may be lost; a barrier does where they may not."""
         if shards is not None:
             finite = torch.tensor([float(self.finite)], device=self.device)
             self.finite = bool(shards.all_reduce(finite, "min"))
@@ -89,7 +94,9 @@ class Transfer:
         self.roster = Roster.call(comm, self.number, weight, self.device)
         if not self.skipped:
             self.reduce(reducer, comm)
-            self.commit(reducer, comm, shards)
+            self.commit(reducer, comm, shards, settle)
+        elif settle is not None:
+            settle(comm)
 
     def reduce(self, reducer: Reducer, comm: Comm) -> None:
         """Turn ``values`` into the weighted mean over the ranks of the roster."""
@@ -103,10 +110,15 @@ class Transfer:
         for extra in self.extras:
             comm.all_reduce(extra.div_(comm.world_size))
 
-    def commit(self, reducer: Reducer, comm: Comm, shards: Comm | None = None) -> None:
+    def commit(
+        self, reducer: Reducer, comm: Comm, shards: Comm | None = None, settle: Settle | None = None
+    ) -> None:
         """Who is here has everything; who is not has raised everywhere by now."""
         done = torch.ones(1, device=self.device)
-        comm.all_reduce(done, "min")
+        if settle is None:
+            comm.all_reduce(done, "min")
+        else:
+            settle(comm)
         if shards is not None:
             shards.all_reduce(done, "min")
         stats = reducer.end_step()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..aggregators.residuals import update_with_payloads
 from ..feedback import ErrorFeedback, NoFeedback, check_contraction
+from ..metrics import profiler_range
 from ..policy import Policy
 from ..types import Compressor, Feedback, TensorCtx
 
@@ -56,7 +57,8 @@ class Codec:
             compressor = self.compressor
             if compressor is not None and self.policy.compresses(ctx):
                 x = feedback.compensate(x, name)
-                payload = compressor.compress(x, ctx, salt)
+                with profiler_range("compress"):
+                    payload = compressor.compress(x, ctx, salt)
                 update_with_payloads(feedback, [x], compressor, [payload], [ctx])
             else:
                 if feedback.holds(name):
@@ -69,16 +71,29 @@ class Codec:
     def decode(
         self, tensors: Sequence[Tensor], names: Sequence[str], task: int
     ) -> dict[str, Tensor]:
-        """What was sent, by parameter name: exactly what the sender has left out of its residual."""
-        counts, rest = tensors[0].tolist(), iter(tensors[1:])
-        decoded = {}
+        """What was sent, by parameter name: exactly what the sender has left out of its residual.
+
+        Raises:
+            ValueError, IndexError: no message that :meth:`encode` makes of these parameters.
+        """
+        counts, decoded, at = tensors[0].tolist(), {}, 1
+        if (
+            len(counts) != len(names)
+            or min(counts, default=0) < 0
+            or sum(counts) + 1 != len(tensors)
+        ):
+            raise ValueError(
+                f"a message of {len(tensors)} tensors says that it has {counts} of {len(names)} parameters"
+            )
         for name, count in zip(names, counts, strict=True):
-            ctx, payload = self._ctx(name, task), tuple(next(rest) for _ in range(count))
+            ctx, payload = self._ctx(name, task), tuple(tensors[at : at + count])
+            at += count
             compressor = self.compressor
             if compressor is not None and self.policy.compresses(ctx):
-                decoded[name] = compressor.decompress(payload, ctx)
+                with profiler_range("decompress"):
+                    decoded[name] = compressor.decompress(payload, ctx)
             else:
-                decoded[name] = payload[0]
+                decoded[name] = _whole(payload, ctx)
         return decoded
 
     def compresses(self, name: str, task: int) -> bool:
@@ -111,6 +126,15 @@ class Codec:
         like = self.like[name]
         dtype = torch.promote_types(like.dtype, torch.float32)
         return TensorCtx(name, like.shape, dtype, _CPU, task, self.seed)
+
+
+def _whole(payload: Sequence[Tensor], ctx: TensorCtx) -> Tensor:
+    if len(payload) != 1 or payload[0].shape != ctx.shape or payload[0].dtype != ctx.dtype:
+        got = [(tuple(x.shape), x.dtype) for x in payload]
+        raise ValueError(
+            f"a message has {got} of {ctx.key}, and must have one tensor of {tuple(ctx.shape)} {ctx.dtype}"
+        )
+    return payload[0]
 
 
 def divided(like: Mapping[str, Tensor], parts: int) -> list[list[str]]:

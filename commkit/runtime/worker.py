@@ -138,27 +138,32 @@ class ReductionWorker:
 
     def _work(self, stream: "torch.cuda.Stream | None") -> None:
         while (job := self._jobs.get()) is not None:
-            if self._failure is not None:
-                job.finish(self._failure)
-                continue
-            try:
-                if stream is not None and job.ready is not None:
-                    stream.wait_event(job.ready)
-                    for used in (*job.uses, *(each.like for each in job.carries)):
-                        used.record_stream(stream)
-                result = job.reduce()
-                _check(result, job.like)
-            except BaseException as error:  # whatever it was, the peers must hear of it
-                _log.error("a reduction failed on this rank", exc_info=error)
-                failure = RankFailure(f"{type(error).__name__}: {error}")
-                self._fail(self._alarm.ring(failure))
-            else:
-                with self._lock:
-                    for each in (job, *job.carries):
-                        self._pending.pop(each.number, None)
-                job.finish(result)
-                for carried in job.carries:
-                    carried.finish(carried.like)
+            self._carry_out(job, stream)
+            del job  # its tensors would live until the next
+
+    def _carry_out(self, job: "_Job", stream: "torch.cuda.Stream | None") -> None:
+        if self._failure is not None:
+            job.finish(self._failure)
+            return
+        try:
+            if stream is not None and job.ready is not None:
+                stream.wait_event(job.ready)
+                for used in (*job.uses, *(each.like for each in job.carries)):
+                    used.record_stream(stream)
+            result = job.reduce()
+            _check(result, job.like)
+        except BaseException as error:  # whatever it was, the peers must hear of it
+            _log.error("a reduction failed on this rank", exc_info=error)
+            failure = RankFailure(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._fail(self._alarm.ring(failure))
+        else:
+            with self._lock:
+                for each in (job, *job.carries):
+                    self._pending.pop(each.number, None)
+            job.finish(result)
+            for carried in job.carries:
+                carried.finish(carried.like)
 
     def _fail(self, failure: RankFailure) -> None:
         with self._lock:
@@ -170,11 +175,14 @@ class ReductionWorker:
 
     def _watch(self) -> None:
         while not self._closed.wait(_TICK_S):
-            with self._lock:
-                oldest = next(iter(self._pending.values()), None)
-            if oldest is not None and time.monotonic() - oldest.queued > self._timeout_s:
+            if self._longest_wait() > self._timeout_s:
                 late = RankFailure(f"a reduction took longer than timeout_s={self._timeout_s:g} s")
                 self._fail(self._alarm.ring(late))
+
+    def _longest_wait(self) -> float:
+        with self._lock:
+            oldest = next(iter(self._pending.values()), None)
+        return 0.0 if oldest is None else time.monotonic() - oldest.queued
 
 
 class _Job:

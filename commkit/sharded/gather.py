@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..comm import DistComm, nbytes
+from ..metrics import profiler_range
 from ..types import Comm
 from .collective import Collective
 from .layout import Segment, Unit
@@ -100,5 +101,6 @@ class CompressedAllGather(CountedAllGather):
                 f"whose parameters are {self._unit.padded} in floating point; call attach after fully_shard, and "
                 "keep parameters of one dtype in a unit"
             )
-        rows = out.view(self._comm.world_size, -1)
-        gather_into(rows, chunks, self._unit.segments, self._codec, self._comm, self._steps.count)
+        rows, segments = out.view(self._comm.world_size, -1), self._unit.segments
+        with profiler_range("gather_weights"):
+            gather_into(rows, chunks, segments, self._codec, self._comm, self._steps.count)

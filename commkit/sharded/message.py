@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..aggregators.message import decode, encode, flag_of, size_of
 from ..compressors import NoCompression
+from ..metrics import profiler_range
 from ..policy import Policy
 from ..types import Compressor, Payload, TensorCtx
 from .layout import Segment, padded, pieces
@@ -52,9 +53,10 @@ class RowCodec:
         ctxs = [self._ctx(s, x, step) for s, x in zip(segments, xs, strict=True)]
         chosen = [i for i, ctx in enumerate(ctxs) if self._compresses(segments[i], ctx)]
         payloads: list[Payload] = [(x,) for x in xs]
-        made = self.compressor.compress_each(
-            [xs[i] for i in chosen], [ctxs[i] for i in chosen], salt
-        )
+        with profiler_range("compress"):
+            made = self.compressor.compress_each(
+                [xs[i] for i in chosen], [ctxs[i] for i in chosen], salt
+            )
         for i, payload in zip(chosen, made, strict=True):
             payloads[i] = payload
         return encode(payloads, row.new_zeros(()) if flag is None else flag)
@@ -88,16 +90,17 @@ class RowCodec:
         ctxs = [self._ctx(s, x, step) for s, x in zip(segments, xs, strict=True)]
         like = self._payloads(row, segments, chunk, step)
         told = [decode(message, like) for message in messages]
-        for i, (x, ctx) in enumerate(zip(outs, ctxs, strict=True)):
-            payloads = [each[i] for each in told]
-            if not x.numel():
-                continue
-            if not self._compresses(segments[i], ctx):
-                x.copy_(_DENSE.combine(payloads, ctx))
-            elif x.dtype == ctx.work_dtype:
-                self.compressor.combine_into(x, payloads, ctx)
-            else:
-                x.copy_(self.compressor.combine(payloads, ctx))
+        with profiler_range("decompress"):
+            for i, (x, ctx) in enumerate(zip(outs, ctxs, strict=True)):
+                payloads = [each[i] for each in told]
+                if not x.numel():
+                    continue
+                if not self._compresses(segments[i], ctx):
+                    x.copy_(_DENSE.combine(payloads, ctx))
+                elif x.dtype == ctx.work_dtype:
+                    self.compressor.combine_into(x, payloads, ctx)
+                else:
+                    x.copy_(self.compressor.combine(payloads, ctx))
 
     def _payloads(
         self, row: Tensor, segments: Sequence[Segment], chunk: int, step: int

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ..clipping import clip_coefficient, mean_norm, require_norm
 from ..comm import DistComm, nbytes
 from ..compressors import NoCompression
-from ..metrics import StepStats
+from ..metrics import StepStats, profiler_range
 from ..policy import Policy
 from ..registry import spec
 from ..runtime.meter import StepMeter
@@ -210,13 +210,15 @@ class PartitionedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         start = time.perf_counter()
-        for piece, gradient in zip(self._pieces.values(), self._scattered(), strict=True):
-            piece.grad = gradient.to(piece.dtype)
+        with profiler_range("scatter_gradients"):
+            for piece, gradient in zip(self._pieces.values(), self._scattered(), strict=True):
+                piece.grad = gradient.to(piece.dtype)
         self._clip()
         for inner, group in zip(self.inner.param_groups, self.param_groups, strict=True):
             inner["lr"] = group["lr"]
         self.inner.step()
-        self._gathered()
+        with profiler_range("gather_weights"):
+            self._gathered()
         self._meter.add(time.perf_counter() - start)
         stats = StepStats(
             step=self._steps,

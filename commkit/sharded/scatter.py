@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..comm import DistComm, nbytes
+from ..metrics import profiler_range
 from .collective import Collective
 from .exchange import Exchange
 from .layout import Unit
@@ -81,7 +82,8 @@ class CompressedReduceScatter(CountedReduceScatter):
             )
         rows = gradients.view(self._comm.world_size, -1)
         segments = self._usage.segments(rows.shape[1])
-        self._exchange.mean_into(out, rows, segments, self._passes.count)
+        with profiler_range("scatter_gradients"):
+            self._exchange.mean_into(out, rows, segments, self._passes.count)
         if not average:
             out.mul_(self._comm.world_size)
 

@@ -5,7 +5,9 @@ Equations (10.1) to (10.5) as the docstrings give them; idea: Xu, Neglia and Seb
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from .isotonic import monotone_table
 Array = npt.NDArray[np.float64]
 # Beyond L eta = 2 descent diverges and every gain is negative, whatever k is.
 _LARGEST_STEP = 1.98
+_STANDARD_ERRORS = 2.0
 _LANDSCAPE = 20  # windows in which the smoothness hardly changes
 
 
@@ -122,6 +125,7 @@ class _Observed:
     gradient: float  # |m|^2 - V/k; may be negative
     mean_norm_squared: float
     loss: float
+    loss_variance: float  # of that mean over the workers' batches
     lr: float
 
 
@@ -158,8 +162,14 @@ class GainEstimates:
         if variance is None:  # one gradient says nothing of their spread
             variance = self._steps[-1].variance if self._steps else 0.0
         gradient = mean_norm_squared - variance / len(norms_squared)
-        loss = sum(losses) / len(losses)
-        self._steps.append(_Observed(variance, gradient, mean_norm_squared, loss, lr))
+        loss = float(np.mean(losses))
+        if len(losses) < 2:
+            loss_variance = self._steps[-1].loss_variance if self._steps else 0.0
+        else:
+            loss_variance = float(np.var(losses, ddof=1)) / len(losses)
+        self._steps.append(
+            _Observed(variance, gradient, mean_norm_squared, loss, loss_variance, lr)
+        )
 
     @property
     def _recent(self) -> list[_Observed]:
@@ -193,17 +203,22 @@ class GainEstimates:
 
     @property
     def loss_growth(self) -> float:
-        """By what share of itself the loss rose over the window, each half of it averaged."""
-        losses = [s.loss for s in self._recent]
-        half = len(losses) // 2
+        """By what share of itself the loss rose over the window, each half of it averaged, beyond what the noise of
+        the workers' batches explains (two standard errors)."""
+        steps = self._recent
+        half = len(steps) // 2
         if not half:
             return 0.0
-        early, late = float(np.mean(losses[:half])), float(np.mean(losses[-half:]))
-        return (late - early) / max(abs(early), np.finfo(np.float64).tiny)
+        early, late = steps[:half], steps[-half:]
+        before, after = (float(np.mean([s.loss for s in part])) for part in (early, late))
+        noise = math.sqrt(sum(s.loss_variance for s in (*early, *late))) / half
+        rise = after - before - _STANDARD_ERRORS * noise
+        return rise / max(abs(before), np.finfo(np.float64).tiny)
 
     def state_dict(self) -> dict[str, Any]:
-        fields = [[s.variance, s.gradient, s.mean_norm_squared, s.loss, s.lr] for s in self._steps]
-        return {"steps": torch.tensor(fields, dtype=torch.float64).reshape(-1, 5)}
+        fields = [dataclasses.astuple(s) for s in self._steps]
+        width = len(dataclasses.fields(_Observed))
+        return {"steps": torch.tensor(fields, dtype=torch.float64).reshape(-1, width)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._steps.clear()

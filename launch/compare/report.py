@@ -12,7 +12,7 @@ import torch
 
 import commkit
 from launch.compare.analyse import TOLERANCE, Row, Run, Spread
-from launch.compare.plan import DDP, NOOP
+from launch.compare.plan import DDP, NOOP, ROOT
 from launch.compare.plots import draw
 from launch.rundir import write_atomically
 from launch.tables import markdown_table
@@ -200,11 +200,11 @@ def _plain(row: Row) -> dict[str, Any]:
 def _plain_run(run: Run) -> dict[str, Any]:
     trial = run.outcome.trial
     return {
-        "recipe": str(trial.configuration.recipe),
+        "recipe": _portable(trial.configuration.recipe),
         "overrides": list(trial.configuration.overrides),
         "seed": trial.seed,
         "round": trial.round,
-        "directory": str(trial.directory),
+        "directory": str(Path(trial.directory.parent.name, trial.directory.name)),
         "status": run.outcome.status,
         "error": run.outcome.error,
         "seconds": run.outcome.seconds,
@@ -212,6 +212,11 @@ def _plain_run(run: Run) -> dict[str, Any]:
         "load": run.outcome.load,
         "figures": None if run.figures is None else asdict(run.figures),
     }
+
+
+def _portable(recipe: Path) -> str:
+    """Without what only this machine knows."""
+    return str(recipe.relative_to(ROOT)) if recipe.is_relative_to(ROOT) else recipe.name
 
 
 def _as_dict(spread: Spread | None) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ def test_all_files_are_written(tmp_path):
     }
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "compare.md").read_text().startswith(text)
+    assert str(tmp_path) not in (out / "compare.json").read_text()
     data = json.loads((out / "compare.json").read_text())
     ddp, bad = data["configurations"]
     assert ddp["step_to_ddp"] == {"median": 1.0, "low": 1.0, "high": 1.0, "count": 1}

@@ -108,7 +108,7 @@ def test_momentum_is_not_applied_twice() -> None:
     )
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    from commkit.adapters.attach import _refuse_double_momentum
+    from commkit.adapters.attach import refuse_double_momentum
 
     with pytest.raises(ValueError, match=r"momentum=0\.9 and momentum correction would apply"):
-        _refuse_double_momentum(reducer, optimizer)
+        refuse_double_momentum(reducer, optimizer)

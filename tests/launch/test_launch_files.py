@@ -2,12 +2,12 @@ import json
 
 import pytest
 
+from commkit.metrics import finite
 from launch.report import plot, read_run, table
 from launch.rundir import (
     METRIC_KEYS,
     RunDirectory,
     aggregate,
-    finite,
     read_records,
     write_atomically,
 )

@@ -247,3 +247,10 @@ def test_deepspeed_gets_a_host_file_that_counts(recorder):
     assert recorder.option("--master_addr") == "h"
     assert recorder.env["LOCAL_WORLD_SIZE"] == "3"
     assert not Path(recorder.option("--hostfile")).exists()  # removed afterwards
+
+
+def test_a_deepspeed_config_is_trained_by_the_program_for_it(recorder):
+    config = "configs/deepspeed/onebit_adam.json"
+    run("deepspeed.sh", [config, "--steps", "3"], **recorder.variables)
+    program = str(LAUNCH / "deepspeed_train.py")
+    assert recorder.words[-5:] == [program, "--config", config, "--steps", "3"]

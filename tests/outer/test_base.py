@@ -561,3 +561,11 @@ def test_inner_state_of_master_weights_is_theirs() -> None:
 
     for averaged in run_threads(run, 2):
         torch.testing.assert_close(averaged, torch.full((4, 4), 0.15))
+
+
+@pytest.mark.parametrize("scheme", ["diloco", "edit", "streaming_diloco"])
+def test_building_a_scheme_draws_nothing_from_the_global_generator(scheme: str) -> None:
+    """A user who has seeded it gets the same weights and dropout with any scheme."""
+    before = torch.get_rng_state()
+    commkit.schemes.make_scheme(scheme)
+    assert torch.equal(torch.get_rng_state(), before)

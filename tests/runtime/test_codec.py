@@ -61,3 +61,23 @@ def test_feedback_that_does_not_fit_is_refused() -> None:
         made(like).feedback(ErrorFeedback())
     with pytest.raises(TypeError, match="EF21 sends differences"):
         made(like, BlockQuantize()).feedback(EF21())
+
+
+def test_messages_that_nobody_encoded_are_refused() -> None:
+    like = {"big": torch.zeros(40, 50), "small": torch.zeros(7)}
+    codec, names = made(like, BlockQuantize()), list(like)
+    delta = {n: torch.randn(x.shape) for n, x in like.items()}
+    counts, codes, scales, small = codec.encode(delta, names, 0, 1, NoFeedback())
+    assert set(codec.decode([counts, codes, scales, small], names, 0)) == set(names)
+    for bad in (
+        [counts, codes, scales],
+        [counts, codes, scales, small, small],
+        [counts[:1], codes, scales, small],
+        [-counts, codes, scales, small],
+        [counts, codes[:-1], scales, small],
+        [counts, codes, scales, small[:-1]],
+        [counts, codes, scales, small.double()],
+        [counts.flip(0), codes, scales, small],
+    ):
+        with pytest.raises((ValueError, IndexError)):
+            codec.decode(bad, names, 0)

@@ -52,10 +52,10 @@ class World:
         return k
 
 
-def test_dbw_begins_with_all_and_moves_by_two_at_most() -> None:
+def test_dbw_begins_with_half_and_moves_by_two_at_most() -> None:
     world, policy = World(16, noise=14.0), DBW(16)
     ks = [world.run(policy) for _ in range(60)]
-    assert ks[:5] == [16] * 5
+    assert ks[:5] == [8] * 5
     assert np.abs(np.diff(ks)).max() <= 2
     assert min(ks) >= 1
 
@@ -74,23 +74,22 @@ def test_dbw_leaves_slow_workers_behind() -> None:
     assert (policy.drop_rates[:2] > 0.5).all()
 
 
-LEARNING = 9
-"""Steps in which DBW waits for all, and comes down from there by two at a time."""
-
-
 def seconds_to_a_loss(make: Callable[[], BackupPolicy], seed: int) -> float:
-    """Time from the end of the learning steps, which are the same for everybody."""
-    world = World(8, noise=30.0, slow=2, seed=seed)
+    """From the first step."""
+    world, policy = World(8, noise=30.0, slow=2, seed=seed), make()
     world.lr = 0.005
-    policy, everybody = make(), StaticBackup(8, 8, min_share=0)
-    dynamic = isinstance(policy, DBW)
-    for _ in range(LEARNING):
-        world.run(policy if dynamic else everybody)
-    world.seconds = 0.0
     while world.loss > 3.0:
         world.run(policy)
         assert world.step < 2000
     return world.seconds
+
+
+def test_dbw_learns_how_slow_the_slowest_are_without_awaiting_them() -> None:
+    world, policy = World(8, noise=2.0, slow=2), DBW(8)
+    awaited = [world.run(policy) for _ in range(policy.gains.window)]
+    assert max(awaited) == 4
+    times = policy.times.estimate(4)
+    assert times[7] > 2 * times[3] > 0
 
 
 def test_dbw_is_near_the_best_static_number_without_tuning() -> None:

@@ -82,6 +82,24 @@ def test_smoothness_is_clamped() -> None:
     assert rising.loss_growth > 0.01 > 0 > falling.loss_growth
 
 
+def test_a_rise_that_the_noise_of_the_batches_explains_is_none() -> None:
+    """Losses of eight workers spread by 10 %, so that a half window's mean moves by about 2.5 %."""
+    state = np.random.RandomState(0)
+
+    def alarms(growth_per_step: float) -> float:
+        found = []
+        for _ in range(300):
+            gains = GainEstimates(window=5)
+            for t in range(5):
+                losses = (1 + growth_per_step) ** t * (1 + 0.1 * state.standard_normal(8))
+                gains.add([1.0] * 8, 1.0, losses.tolist(), 0.1)
+            found.append(gains.loss_growth > 0.01)
+        return float(np.mean(found))
+
+    assert alarms(0.0) < 0.05
+    assert alarms(0.1) > 0.95
+
+
 def test_one_gradient_reuses_the_last_variance() -> None:
     gains = GainEstimates(5)
     gains.add([4.0, 6.0], 2.0, [1.0], 0.1)

@@ -1,0 +1,82 @@
+"""Where a worker finds the others: what launchers put into the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+STORE = "COMMKIT_STORE"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """
+    Args:
+        rank: of this worker among those that start together.
+        world_size: how many those are.
+        host: of the store.
+        port: of the store.
+        hosts: whether this process is to host the store itself: if it ends, nobody can go on.
+        job: tells runs that use the same store apart.
+    """
+
+    rank: int
+    world_size: int
+    host: str
+    port: int
+    hosts: bool
+    job: str
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Place:
+        """RANK, WORLD_SIZE, and the store: COMMKIT_STORE=host:port if a launcher hosts one, else MASTER_ADDR and
+        MASTER_PORT, where rank 0 hosts it unless torchrun's agent does.
+
+        Raises:
+            ValueError: a variable is missing or not a number.
+        """
+        given = os.environ if environment is None else environment
+        rank, world_size = _number(given, "RANK"), _number(given, "WORLD_SIZE")
+        job = (
+            f"{given.get('TORCHELASTIC_RUN_ID', '')}/{given.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        )
+        if STORE in given:
+            host, _, port = given[STORE].rpartition(":")
+            if not host or not port.isdigit():
+                raise ValueError(f"{STORE}={given[STORE]!r} must be host:port")
+            return cls(rank, world_size, host, int(port), False, job)
+        agent = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if "MASTER_ADDR" not in given:
+            raise ValueError(
+                "MASTER_ADDR is not set; start with python -m launch.members, or set it"
+            )
+        port_number = _number(given, "MASTER_PORT")
+        return cls(
+            rank, world_size, given["MASTER_ADDR"], port_number, rank == 0 and not agent, job
+        )
+
+    def store(self, timeout_s: float) -> Store:
+        """A connection to the store, which is hosted here if this is the place."""
+        store = TCPStore(
+            self.host,
+            self.port,
+            is_master=self.hosts,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+        return PrefixStore(f"commkit/members/{self.job}", store)
+
+
+def _number(given: Mapping[str, str], name: str) -> int:
+    text = given.get(name)
+    if text is None:
+        raise ValueError(
+            f"{name} is not set; start with python -m launch.members, or set it for each worker"
+        )
+    if not text.isdigit():
+        raise ValueError(f"{name}={text!r} must be a whole number")
+    return int(text)

@@ -1,0 +1,170 @@
+"""Local updates go on among the workers that are left, and lose none of their own progress."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import commkit
+from commkit import Elastic
+from commkit.membership import Place
+
+from .crew import Crew
+from .training import QUICK, die, digest, loss_of, make_model
+
+SYNC_EVERY = 4
+DILOCO = {"name": "diloco", "sync_every": SYNC_EVERY, "outer_lr": 0.7, "outer_momentum": 0.9}
+INT8 = DILOCO | {"reducer": {"name": "int8", "min_numel": 0}}
+
+
+def _train(
+    place: Place,
+    tell: Callable[[Any], None],
+    scheme: Any,
+    steps: int,
+    at_step: Callable[[int, int, Any], None] | None = None,
+    pause_s: float = 0.0,
+) -> dict[str, Any]:
+    model = make_model()
+    numbers, worlds = [], []
+    with Elastic(QUICK, place) as members:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        method = commkit.attach(model, scheme, optimizer, members=members)
+        for step in members.steps(steps, model=model, optimizer=optimizer):
+            with step:
+                optimizer.zero_grad()
+                loss_of(model, step.number, place.rank).backward()
+                if at_step is not None:
+                    at_step(place.rank, step.number, method)
+                optimizer.step()
+            numbers.append(step.number)
+            worlds.append(members.world_size)
+            tell(step.number)
+            time.sleep(pause_s)
+        method.close()
+    return {
+        "digest": digest(model),
+        "numbers": numbers,
+        "worlds": worlds,
+        "round": method.round,
+        "step": method.step,
+    }
+
+
+def _dies_between_rounds(rank: int, step: int, method: Any) -> None:
+    if (rank, step) == (1, 5):
+        die()
+
+
+def _dies_in_round(rank: int, step: int, method: Any) -> None:
+    if (rank, step) == (1, 7):
+        method.reducer.reduce = lambda *_: die()
+
+
+def _dies_after_its_part(rank: int, step: int, method: Any) -> None:
+    if (rank, step) == (1, 7):
+        reduce = method.reducer.reduce
+
+        def dying(*args: Any, **kwargs: Any) -> None:
+            reduce(*args, **kwargs)
+            die()
+
+        method.reducer.reduce = dying
+
+
+def _stops(rank: int, step: int, method: Any) -> None:
+    if (rank, step) == (1, 5):
+        die(signal.SIGSTOP)
+
+
+def _reference(steps: int, lost: int, since_round: int) -> float:
+    """DiLoCo with three replicas on one device, ``lost`` being left out from a round on."""
+    replicas = {rank: make_model() for rank in range(3)}
+    optimizers = {r: torch.optim.SGD(m.parameters(), lr=0.05) for r, m in replicas.items()}
+    anchor = make_model()
+    outer = torch.optim.SGD(anchor.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+    for step in range(steps):
+        for rank, model in replicas.items():
+            optimizers[rank].zero_grad()
+            loss_of(model, step, rank).backward()
+            optimizers[rank].step()
+        if (step + 1) % SYNC_EVERY:
+            continue
+        if (step + 1) // SYNC_EVERY == since_round:
+            del replicas[lost]
+        models = list(replicas.values())
+        for p, *ps in zip(anchor.parameters(), *(m.parameters() for m in models), strict=True):
+            p.grad = torch.stack([p.detach() - q.detach() for q in ps]).mean(0)
+        outer.step()
+        for model in models:
+            model.load_state_dict(copy.deepcopy(anchor.state_dict()))
+    return digest(anchor)
+
+
+@pytest.mark.parametrize(
+    "what", [_dies_between_rounds, _dies_in_round, _stops], ids=["between", "inside", "stopped"]
+)
+def test_the_round_is_made_by_those_who_are_left(what: Any) -> None:
+    with Crew(_train, 3, DILOCO, 12, what) as crew:
+        first, last = crew.finish(0, 2)
+    for result in (first, last):
+        assert result["numbers"] == list(range(12))  # no inner step is done twice
+        assert (result["step"], result["round"]) == (12, 3)
+        assert result["worlds"][-1] == 2
+        assert result["digest"] == first["digest"]
+        assert result["digest"] == pytest.approx(_reference(12, lost=1, since_round=2), rel=1e-5)
+
+
+def test_a_round_whose_outcome_all_have_counts() -> None:
+    with Crew(_train, 3, DILOCO, 12, _dies_after_its_part) as crew:
+        first, last = crew.finish(0, 2)
+    assert first["digest"] == last["digest"]
+    assert first["round"] == last["round"] == 3
+    # Whether the last bytes of the dead worker arrived is not known; all that are left go by the same answer.
+    assert any(
+        first["digest"] == pytest.approx(_reference(12, lost=1, since_round=since), rel=1e-5)
+        for since in (2, 3)
+    )
+
+
+def test_a_compressed_round() -> None:
+    with Crew(_train, 3, INT8, 12, _dies_in_round) as crew:
+        first, last = crew.finish(0, 2)
+    assert first["digest"] == last["digest"]
+    assert first["round"] == 3
+
+
+def test_a_worker_that_joins_takes_part_from_the_next_round_on() -> None:
+    with Crew(_train, 2, DILOCO, 60, None, 0.05) as crew:
+        crew.wait_for(0, 5)
+        late = crew.start()
+        results = crew.finish(0, 1, late)
+    assert len({result["digest"] for result in results}) == 1
+    assert {(result["step"], result["round"]) for result in results} == {(60, 15)}
+    assert results[0]["worlds"][-1] == 3
+    assert results[2]["numbers"] == list(range(results[2]["numbers"][0], 60))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ({"name": "noloco"}, "NoLoCo cannot go on"),
+        ({"name": "co2"}, "cannot go on"),
+        (DILOCO | {"options": {"warmup_steps": 2}}, "warmup_steps=2 must be 0 with members"),
+    ],
+    ids=str,
+)
+def test_other_methods_are_refused(scheme: Any, message: str) -> None:
+    from commkit.outer.following import follow_members
+    from commkit.schemes import make_scheme
+
+    model = make_model()
+    method = make_scheme(scheme)(model, torch.optim.SGD(model.parameters(), lr=0.1), None)  # type: ignore[operator]
+    with pytest.raises((TypeError, ValueError), match=message):
+        follow_members(method, Elastic(QUICK))
