@@ -189,13 +189,7 @@ def set_up(job: Job) -> EngineTrainer:
         run=job.run,
         meter=job.meter,
     )
-    if job.resume:
-        try:
-            trainer.load()
-        except ValueError as error:
-            raise SetupError(str(error)) from error
-    if world.rank == 0:
-        train.open_records(trainer)
+    train.begin(trainer, job.resume)
     return trainer
 
 

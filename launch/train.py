@@ -179,22 +179,23 @@ def set_up(job: Job) -> Trainer:
         after_backward=getattr(handle, "backward_ended", None),
         meter=job.meter,
     )
-    if job.resume:
+    begin(trainer, job.resume)
+    return trainer
+
+
+def begin(trainer: Trainer, resume: bool) -> None:
+    """Load the checkpoint if any; on rank 0 make the run's directory ready for records, and say what is about to run.
+
+    Raises:
+        SetupError: a checkpoint that does not fit, or a sink that cannot be opened.
+    """
+    if resume:
         try:
             trainer.load()
         except ValueError as error:
             raise SetupError(str(error)) from error
-    if world.rank == 0:
-        open_records(trainer)
-    return trainer
-
-
-def open_records(trainer: Trainer) -> None:
-    """Make the run's directory ready for records, and say what is about to run. On rank 0.
-
-    Raises:
-        SetupError: a sink cannot be opened.
-    """
+    if trainer.rank != 0:
+        return
     settings = trainer.settings
     trainer.run.prepare(settings.model_dump(mode="json"), trainer.progress.step)
     try:
