@@ -194,8 +194,9 @@ class DBW(BackupPolicy):
     Until the windows are full it awaits half of the workers. (The paper awaits all; but how long the others take is
     learnt of their late gradients too, and awaiting the slowest costs most of what a short training could gain.)
 
-    Safeguards: towards n whenever no k promises a decrease; one more than before while the loss rises; never a jump
-    of more than ``max_change``.
+    Safeguards: one more than before, up to n, while no k promises a decrease (over a short window noise alone can
+    hide the gradient for a step or two) or the loss rises; never a jump of more than ``max_change``, and never more than
+    half of that beyond the slowest gradient that was ever timed: an interrupted worker's time is not known, and may be long.
 
     Args:
         num_workers: n.
@@ -239,10 +240,9 @@ class DBW(BackupPolicy):
         if self.gains.num_steps < self.gains.window:
             return self._first_k()
         gains = self.expected_gains()
-        if gains.max() > 0:
-            k = best_k(gains, self.times.estimate(self._k))
-        else:
-            k = self.num_workers
+        promised = gains.max() > 0
+        k = best_k(gains, self.times.estimate(self._k)) if promised else self._k + 1
+        k = min(k, self.times.observed + max(self.max_change // 2, 1))
         if self.gains.loss_growth > self.loss_tolerance:
             k = max(k, self._k + 1)
         k = min(max(k, self._k - self.max_change), self._k + self.max_change)

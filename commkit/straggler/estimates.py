@@ -49,17 +49,29 @@ class TimeTable:
         self._sums[h - 1, place - 1] += seconds
         self._counts[h - 1, place - 1] += 1
 
+    @property
+    def observed(self) -> int:
+        """The largest place that any gradient was seen to come in; 0 before the first."""
+        return int(np.flatnonzero(self._counts.any(axis=0))[-1]) + 1 if self._counts.any() else 0
+
     def estimate(self, h: int) -> Array:
-        """``(n,)``: element k-1 is T(h, k). Where nothing was observed it is the lower bound that monotony
-        gives, so that what may be fast is tried; 0 if there is none at all."""
+        """``(n,)``: element k-1 is T(h, k).
+
+        What was never observed is the bound that monotony gives: the upper one, from steps before which fewer were
+        awaited; else the lower one, so that what may be fast is tried; else 0.
+        """
         seen = np.flatnonzero(self._counts.any(axis=1))
-        table = np.full_like(self._sums, -np.inf)
+        table = np.full_like(self._sums, np.nan)
         if len(seen):
             counts = self._counts[seen]
             means = self._sums[seen] / np.maximum(counts, 1)
-            table[seen] = np.nan_to_num(monotone_table(means, counts), nan=-np.inf)
-        bounds = np.maximum.accumulate(table[h - 1 :].max(axis=0))
-        return np.maximum(bounds, 0.0)
+            table[seen] = monotone_table(means, counts)
+        lower = np.maximum.accumulate(np.nan_to_num(table[h - 1 :], nan=0.0).max(axis=0))
+        upper = np.nan_to_num(table[:h], nan=np.inf).min(axis=0)
+        upper = np.minimum.accumulate(upper[::-1])[::-1]
+        known = np.isfinite(table[h - 1])
+        times = np.where(known, table[h - 1], np.where(np.isfinite(upper), upper, lower))
+        return np.maximum.accumulate(times)
 
     def resize(self, num_workers: int) -> None:
         """Go on with so many workers: what was learned of ranks that are gone is dropped."""

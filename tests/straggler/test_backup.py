@@ -108,12 +108,27 @@ def result(k: int, loss: float, step: int = 0, norm: float = 1.0, mean: float = 
     return StepResult(step, k, tuple(range(k)), (1.0,) * k, (norm,) * k, mean, (loss,) * k, lr=0.1)
 
 
-def test_dbw_waits_for_all_when_no_number_promises_a_decrease() -> None:
-    policy = DBW(6)
-    for t in range(8):  # zero mean: nothing but noise, and a loss that rises
-        policy.observe(result(6, loss=10.0 + t, step=t, norm=6.0, mean=0.5))
+def test_dbw_tries_what_was_never_timed_place_by_place() -> None:
+    def tried(max_change: int) -> list[int]:
+        policy, awaited = DBW(16, gain="noise_scale", max_change=max_change), []
+        for t in range(9):
+            k = policy.choose()
+            awaited.append(k)
+            policy.observe(result(k, loss=10.0, step=t, norm=10.0, mean=2.0))  # much noise, all equally fast
+        return awaited[5:]
+
+    assert tried(2) == [9, 10, 11, 12]
+    assert tried(8) == [12, 16, 16, 16]
+
+
+def test_dbw_goes_up_one_by_one_to_all_while_no_number_promises_a_decrease() -> None:
+    policy, awaited = DBW(6), []
+    for t in range(12):  # zero mean: nothing but noise
+        awaited.append(policy.choose())
+        k = awaited[-1]
+        policy.observe(result(k, loss=10.0, step=t, norm=float(k), mean=0.5))
     assert (policy.expected_gains() <= 0).all()
-    assert policy.choose() == 6
+    assert awaited == [3] * 5 + [4, 5, 6, 6, 6, 6, 6]
 
 
 def test_dbw_waits_for_one_more_while_the_loss_rises() -> None:

@@ -141,8 +141,18 @@ def test_times_are_means_made_monotone() -> None:
     np.testing.assert_allclose(table.estimate(4), [pooled, pooled, 5.0, 5.0], atol=1e-6)
     np.testing.assert_allclose(table.estimate(2), [pooled, 6.0, 6.0, 6.0], atol=1e-6)
     # Unvisited rows have the bounds of those that awaited more.
-    np.testing.assert_allclose(table.estimate(3), table.estimate(4))
+    np.testing.assert_allclose(table.estimate(3), [pooled, 6.0, 6.0, 6.0], atol=1e-6)
     np.testing.assert_allclose(table.estimate(1), table.estimate(2))
+
+
+def test_a_slow_place_is_not_forgotten_when_another_number_was_awaited() -> None:
+    table = TimeTable(8)
+    for h, times in [(5, [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.4]), (6, [0.1] * 6)]:
+        for place, seconds in enumerate(times, start=1):
+            table.add(h, place, seconds)
+    assert table.observed == 7
+    np.testing.assert_allclose(table.estimate(6), [0.1] * 6 + [0.4] * 2)
+    np.testing.assert_allclose(table.estimate(7), [0.1] * 6 + [0.4] * 2)
 
 
 def test_times_of_nothing_are_zero_and_any_table_is_monotone() -> None:
