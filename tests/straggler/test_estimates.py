@@ -140,7 +140,7 @@ def test_times_are_means_made_monotone() -> None:
     pooled = (1.0 + 3.0 + 1.5 + 1.0) / 4
     np.testing.assert_allclose(table.estimate(4), [pooled, pooled, 5.0, 5.0], atol=1e-6)
     np.testing.assert_allclose(table.estimate(2), [pooled, 6.0, 6.0, 6.0], atol=1e-6)
-    # Unvisited rows have the bounds of those that awaited more.
+    # Unvisited rows have the bounds of those that awaited fewer, or, if there are none, of those that awaited more.
     np.testing.assert_allclose(table.estimate(3), [pooled, 6.0, 6.0, 6.0], atol=1e-6)
     np.testing.assert_allclose(table.estimate(1), table.estimate(2))
 
