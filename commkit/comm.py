@@ -80,8 +80,8 @@ class DistComm:
     def __init__(self, group: dist.ProcessGroup, timeout_s: float | None = None) -> None:
         self.group = group
         self._timeout_s = timeout_s
-        self._rank = dist.get_rank(group)
-        self._world_size = dist.get_world_size(group)
+        self._rank = group.rank()
+        self._world_size = group.size()
         self._bytes = ByteCounter()
         self._label = ""
         self._parts: dict[tuple[str, tuple[int, ...]], DistComm] = {}

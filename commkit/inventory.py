@@ -53,7 +53,7 @@ _OPTIONAL = (
         "deepspeed",
         "lightning",
     ),
-    *("accelerate", "transformers", "tensorboard", "wandb", "opentelemetry-sdk", "simpy"),
+    *("accelerate", "transformers", "torchft", "tensorboard", "wandb", "opentelemetry-sdk", "simpy"),
 )
 
 

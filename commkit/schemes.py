@@ -102,26 +102,38 @@ _NEVER = Policy(start_step=2**62)
 
 @register("scheme", "ddp")
 def ddp() -> Reducer:
-    """Plain all-reduce: what DDP does itself, through commkit, with its bytes counted."""
+    """Plain all-reduce: what DDP does itself, through commkit, with its bytes counted.
+
+    Differences from the paper: no paper describes it.
+    """
     return Reducer(AllReduce(NoCompression()), policy=_NEVER)
 
 
 @register("scheme", "noop")
 def noop() -> Reducer:
     """No communication: the bound on speed. If this is not much faster, the network is not the problem.
-    Replicas drift apart; never train with it."""
+    Replicas drift apart; never train with it.
+
+    Differences from the paper: no paper describes it.
+    """
     return Reducer(Noop(), policy=Policy(min_numel=0))
 
 
 @register("scheme", "fp16")
 def fp16() -> Reducer:
-    """float16 all-reduce. Steps that overflow are sent in full precision. No state."""
+    """float16 all-reduce. Steps that overflow are sent in full precision. No state.
+
+    Differences from the paper: no paper describes it.
+    """
     return Reducer(AllReduce(Cast("fp16")), policy=Policy(min_numel=0))
 
 
 @register("scheme", "bf16")
 def bf16() -> Reducer:
-    """bfloat16 all-reduce. No state."""
+    """bfloat16 all-reduce. No state.
+
+    Differences from the paper: no paper describes it.
+    """
     return Reducer(AllReduce(Cast("bf16")), policy=Policy(min_numel=0))
 
 
@@ -133,6 +145,10 @@ def int8(
     min_numel: int = 1024,
 ) -> Reducer:
     """8-bit block quantisation, two-shot (Dettmers 2016): about 3.9 times fewer bytes than fp32.
+
+    Differences from the paper: one scale per block in place of one per tensor; unbiased rounding by default,
+    where the paper rounds to the nearest code; the mean is quantised again on its way back (two-shot). The
+    paper's own 8-bit code is ``dynamic8``.
 
     Args:
         block_size: elements per scale.
@@ -153,6 +169,9 @@ def int4(
 ) -> Reducer:
     """4-bit block quantisation, two-shot: about 7.5 times fewer bytes than fp32.
 
+    Differences from the paper: no paper describes it; it is ``int8`` with 15 levels, and error feedback at both
+    ends, because nearest rounding is biased.
+
     Args:
         block_size: elements per scale.
         rounding: "nearest" with error feedback (4 + 4/W bytes per compressed element); "stochastic" keeps
@@ -172,6 +191,10 @@ def dynamic8(
 ) -> Reducer:
     """Dynamic 8-bit codes, two-shot (Dettmers 2016): as many bytes as int8, and seven decades of range
     inside a block, for gradients whose small elements matter.
+
+    Differences from the paper: the 256 levels are those of later 8-bit optimizers, not the paper's bit pattern;
+    one scale per block in place of one per tensor; unbiased rounding by default; the mean is quantised again on
+    its way back.
 
     Args:
         block_size: elements per scale.
@@ -194,6 +217,9 @@ def qsgd(
     """QSGD, two-shot (Alistarh et al. 2017): unbiased rounding to 2^(bits-1) - 1 levels of each bucket's
     norm. No state.
 
+    Differences from the paper: codes of fixed width in place of Elias codes; servers in place of everybody's
+    message to everybody, so the mean is quantised a second time, without bias too.
+
     Args:
         bits: per element, 2, 4 or 8. If the loss is noisier than plain DDP's, double it.
         norm: "l2" is the paper's; "max" is less noisy and tried next.
@@ -209,6 +235,10 @@ def natural(start_step: int = 0, min_numel: int = 1024) -> Reducer:
     """Natural compression, two-shot (Horvath et al. 2019): signs and exponents, 1 byte per element, unbiased
     with a variance of at most 1/8 of every element's square. No state.
 
+    Differences from the paper: an exponent of 7 bits, counted down from the tensor's largest, in place of the 8
+    of float32: 1 byte per element in place of 9 bits. The mean is compressed again on its way back, as the
+    paper does with a master.
+
     Args:
         start_step: dense steps before.
         min_numel: smaller tensors stay dense.
@@ -220,6 +250,9 @@ def natural(start_step: int = 0, min_numel: int = 1024) -> Reducer:
 def terngrad(clip: float = 2.5, start_step: int = 0, min_numel: int = 1024) -> Reducer:
     """TernGrad with scaler sharing (Wen et al. 2017): 2 bits per element to the owners of shards, exact sums
     back, of 4 bits for 2 to 7 ranks and 8 for up to 127. No state.
+
+    Differences from the paper: every rank serves a share of the tensors in place of a parameter server, and
+    exact sums come back. Clipping measures by the root mean square. Tensors below ``min_numel`` stay dense.
 
     Args:
         clip: in root mean squares, see :class:`~commkit.aggregators.TernGrad`. Lower is less noisy and more
@@ -239,6 +272,10 @@ def sign(
 ) -> Reducer:
     """EF-signSGD, two-shot (Karimireddy et al. 2019; Tang et al. 2021 figure 3): one bit per element each
     way, with error feedback at both ends (4 + 4/W bytes per compressed element).
+
+    Differences from the paper: residuals are in units of gradients, not of steps: a learning rate that changes
+    applies to what was saved up, too. The return path is signs with feedback of its own (Tang et al.), with one
+    scale for each rank's share of a tensor.
 
     Args:
         scale: "l1" or "rms", see :class:`~commkit.compressors.Sign`.
@@ -265,6 +302,10 @@ def signsgd_vote(momentum: float = 0.0) -> Reducer:
     zero: an element whose gradient is zero on all ranks, such as an embedding no batch has used, takes a step
     to a random side.
 
+    Differences from the paper: every rank counts the votes for a share of each tensor, in place of one server;
+    a tie, or a gradient of exactly 0, is decided by a coin that all ranks share. Weight decay is the
+    optimizer's.
+
     Args:
         momentum: beta of the momentum whose sign is voted (Signum), 4 bytes per element; 0.9 where batches
             are small. 0 votes on the gradient itself and keeps no state.
@@ -285,6 +326,9 @@ def topk(
     """Top-k with error feedback by all-gather (Stich et al. 2018). 4 bytes per compressed element.
 
     Momentum is the optimizer's; for momentum correction and masking use DGC.
+
+    Differences from the paper: residuals are in units of gradients, not of steps; all tensors have the same
+    density, each on its own.
 
     Args:
         density: share of elements sent; 0.001 to 0.01.
@@ -312,6 +356,9 @@ def randomk(
     max_grad_norm: float = 0.0,
 ) -> Reducer:
     """Random-k by all-reduce (Stich et al. 2018): all ranks draw the same indices, so only values travel.
+
+    Differences from the paper: residuals are in units of gradients, not of steps; one element of each of k
+    equal stretches is drawn, in place of k of all.
 
     Args:
         density: share of elements sent.
@@ -341,6 +388,11 @@ def powersgd(
     """PowerSGD (Vogels et al. 2019): two all-reduces whose cost does not grow with the ranks.
 
     State: residual of 4 bytes per factorised element, and Q of 4 rank / rows bytes.
+
+    Differences from the paper: none in the steps of algorithm 1. The residual is the local one of the paper's
+    text, not that of its code, which grows with the square root of the steps; bases are orthogonal by QR in
+    place of Gram-Schmidt. Momentum is the optimizer's, after compression. ``iteration`` and schedules of the
+    rank are additions.
 
     Args:
         rank: 1-4 for convolutions, 4-32 for transformers; double it until the loss follows plain DDP. Or a
@@ -378,6 +430,11 @@ def onebit_adam(
 
     8 bytes of state per parameter as Adam, and residuals of 4 + 4/W.
 
+    Differences from the paper: bias correction, and decoupled weight decay that stays out of the momentum; a
+    scale of mean absolute value in place of root mean square; tensors below ``min_numel`` stay with Adam;
+    "auto" asks the ratio of variances for an upper bound, too. Elements whose variance is 0 at the freeze stay
+    where they are.
+
     Args: those of :class:`~commkit.optim.OneBitAdam`, which it builds.
     """
     return _checked(OptimizerScheme(OneBitAdam, locals(), like="adamw"))
@@ -404,6 +461,9 @@ def onebit_lamb(
 
     For large batches. 12 bytes of state per parameter, and residuals of 4 + 4/W.
 
+    Differences from the paper: one scale per tensor, so tensors need not be brought to a common magnitude
+    before they are sent; that scale is the mean absolute value; tensors below ``min_numel`` stay with LAMB.
+
     Args: those of :class:`~commkit.optim.OneBitLamb`, which it builds.
     """
     return _checked(OptimizerScheme(OneBitLamb, locals(), like="adamw"))
@@ -421,6 +481,10 @@ def zero_one_adam(
 
     For links whose latency hurts. 16 bytes of state per parameter, and residuals of 4 + 4/W.
 
+    Differences from the paper: as in its authors' implementation, gradients travel until ``var_freeze_step``
+    and accumulated updates after it; residuals start anew at that switch. Bias correction; weight decay stays
+    out of what is accumulated; a scale of mean absolute value.
+
     Args: those of :class:`~commkit.optim.ZeroOneAdam`, which it builds.
     """
     return _checked(OptimizerScheme(ZeroOneAdam, locals(), like="adamw"))
@@ -436,6 +500,9 @@ def hierarchical(
 
     Tensors that the scheme's policy leaves dense take one all-reduce over all ranks. Give ``attach`` the
     whole block; a knob of the name ``scheme`` it has itself.
+
+    Differences from the paper: the phase between nodes compresses, with feedback of the node's mean. Inside a
+    node each rank serves whole parameters, in place of one master for all; tensors are not cut.
 
     Args:
         scheme: a name, a block, or a Reducer; its policy decides what is compressed. An optimizer's name
@@ -485,6 +552,9 @@ def ef21(
     """EF21 with top-k by all-gather (Richtarik et al. 2021): ranks send how an estimate of their gradient
     changes. 8 bytes per compressed element, 12 with momentum.
 
+    Differences from the paper: none at ``momentum=1``: estimates start at 0, so the first message is that of
+    the gradient itself. Tensors below ``min_numel`` are averaged densely.
+
     Args:
         density: share of elements sent; 0.01 to 0.1.
         momentum: 1 for full gradients; about 0.1 for stochastic ones (EF21-SGDM), the optimizer's own
@@ -516,6 +586,10 @@ def econtrol(
 ) -> Reducer:
     """EControl with top-k by all-gather (Gao, Islamov and Stich 2024): for ranks whose data differ, where
     plain error feedback needs small steps. 12 bytes per compressed element.
+
+    Differences from the paper: estimates start at 0, in place of a dense first exchange of gradients; ``eta``
+    is density / 4 by default, which is the library's own choice. Tensors below ``min_numel`` are averaged
+    densely.
 
     Args:
         density: share of elements sent; 0.01 to 0.1.
@@ -589,6 +663,8 @@ def compose(
     compressor: {name: sign}}, feedback: {name: error_feedback}}``. ``max_grad_norm`` is that of the
     :class:`~commkit.Reducer`.
 
+    Differences from the paper: no paper describes it.
+
     Raises:
         TypeError: an aggregator cannot carry its compressor's payloads.
     """
@@ -601,6 +677,9 @@ def local_sgd(
 ) -> OuterScheme:
     """Local SGD (Stich 2019): weights are averaged every so often. No state; 4 bytes per parameter with a
     ``reducer``.
+
+    Differences from the paper: any optimizer inside, not SGD alone; a replica that is not finite is left out of
+    its round. With a ``reducer`` differences to the last mean are sent.
 
     Args: those of :class:`~commkit.outer.LocalSGD`.
     """
@@ -616,6 +695,8 @@ def post_local_sgd(
 ) -> OuterScheme:
     """Post-local SGD (Lin et al. 2020): gradients are averaged in every step as DDP does, and from ``switch_step``
     on weights every so often. No state; 4 bytes per parameter with a ``reducer``.
+
+    Differences from the paper: any optimizer inside; the rest as for ``local_sgd``.
 
     Args: those of :class:`~commkit.outer.LocalSGD`; ``switch_step`` is its ``options.warmup_steps``: the step of the
         first learning-rate decay in the paper.
@@ -643,6 +724,9 @@ def diloco(
 ) -> OuterScheme:
     """DiLoCo (Douillard et al. 2023): rounds of local steps, then a step of Nesterov momentum on the mean
     pseudo-gradient. 8 bytes per parameter, and the reducer's.
+
+    Differences from the paper: rounds of 100 steps by default, where the paper has 500; a replica that is not
+    finite is left out of its round. The outer step is that of the paper.
 
     Args: those of :class:`~commkit.outer.DiLoCo`.
     """
@@ -686,6 +770,9 @@ def co2(
     """CO2 (Sun et al. 2024): rounds whose mean arrives one round late, so that nothing waits for it. 12 bytes per
     parameter, and the reducer's.
 
+    Differences from the paper: ``staleness_gap`` is the library's own formula; the momentum is clipped to
+    multiples of the root mean square, where the authors' code has an absolute bound.
+
     Args: those of :class:`~commkit.outer.CO2`.
     """
     return OuterScheme(CO2, locals()).checked()
@@ -704,6 +791,10 @@ def dilocox(
 ) -> OuterScheme:
     """DiLoCoX (Qi et al. 2025): DiLoCo one round late, in low-rank factors of 4 bits whose rank adapts. 16 bytes
     per parameter.
+
+    Differences from the paper: the rule by which rank and round length shrink is the library's own; outer
+    momentum is 0.5, since a round of delay takes the stability of DiLoCo's 0.9. ``eager`` is of Kale et al.
+    (2025).
 
     Args: those of :class:`~commkit.outer.DiLoCoX`; ``rank`` is the factors', unless a ``reducer`` takes their
         place: a twentieth of the width to begin with.
@@ -756,6 +847,10 @@ def edit(
     """EDiT (Cheng et al. 2025): layers are synchronised one by one inside the forward pass, and replicas whose
     pseudo-gradient is anomalous do not count. 8 bytes per parameter, and the reducer's.
 
+    Differences from the paper: all layers' norms are exchanged in one message before the first layer; the
+    running mean starts at the first norm, and what is anomalous or not finite weighs exactly 0 and never enters
+    the statistics. Layers that forward leaves out are synchronised before the next step.
+
     Args: those of :class:`~commkit.outer.EDiT`.
     """
     return OuterScheme(EDiT, locals()).checked()
@@ -778,6 +873,9 @@ def a_edit(
     """A-EDiT (Cheng et al. 2025): EDiT by the clock, so that fast replicas do more steps in a round. 8 bytes per
     parameter, and the reducer's.
 
+    Differences from the paper: those of ``edit``. A replica that is left out has no share of steps either, and
+    the others' add up to 1; clocks are each replica's own and never compared.
+
     Args: those of :class:`~commkit.outer.AEDiT`.
     """
     return OuterScheme(AEDiT, locals()).checked()
@@ -799,6 +897,10 @@ def noloco(
     """NoLoCo (Kolehmainen et al. 2025): every so often each replica meets one other, and nobody waits for all.
     8 bytes per parameter.
 
+    Differences from the paper: heavy-ball momentum, as in the authors' code, where the text says Nesterov; with
+    ``gamma`` equal to ``beta`` weights travel alone, to the same effect; an odd replica steps alone; a
+    ``gamma`` at which replicas drift apart is refused.
+
     Args: those of :class:`~commkit.outer.NoLoCo`; ``pairing_seed`` is its ``seed``.
     """
     return _seeded(NoLoCo, locals(), "pairing_seed")
@@ -817,6 +919,10 @@ def gossip(
     """Decentralised SGD (Lian et al. 2017): weights are mixed with those of neighbours in a graph. A receive buffer
     and no state.
 
+    Differences from the paper: it mixes after the step and waits for it; the paper's mixing beside the gradient
+    is ``overlap``. Pairs drawn at random by default, in place of a ring; any optimizer inside; a message that
+    is lost leaves its weight to its receiver.
+
     Args: those of :class:`~commkit.outer.GossipSGD`.
     """
     return OuterScheme(GossipSGD, locals()).checked()
@@ -834,6 +940,10 @@ def single_merge(
 ) -> OuterScheme:
     """Sparse gossip and one merge of all replicas at the end ("A single global merging suffices", 2025): two ranks
     that a round brings together really meet with a probability of ``p_gossip``. No state.
+
+    Differences from the paper: none in the schedule: pairs meet with probability ``p_gossip`` and one mean of
+    all ends the run. Batch-norm statistics are averaged with the weights, not measured anew;
+    ``recompute_batch_norm`` does that.
 
     Args: those of :class:`~commkit.outer.GossipSGD`; ``p_gossip``, ``windows`` and ``schedule_seed`` are its
         :class:`~commkit.outer.GossipSchedule`'s. With a fixed budget communicate late; with none before the merge the
@@ -866,6 +976,9 @@ def dfedsam_mgs(
     """DFedSAM-MGS (Shi et al. 2023): sharpness-aware local steps, then several gossip steps in a row, for ranks with
     data of their own on sparse graphs. Its optimizer's step takes a closure. No state.
 
+    Differences from the paper: rounds are counted in steps, not in epochs; any optimizer follows the
+    sharpness-aware gradient; the exponential graph by default.
+
     Args: those of :class:`~commkit.outer.DFedSAM`.
     """
     return OuterScheme(DFedSAM, locals()).checked()
@@ -875,6 +988,9 @@ def dfedsam_mgs(
 def dadao() -> NoReturn:
     """DADAO (Nabli and Oyallon 2023): a solver for smooth, strongly convex problems, in Python alone
     (``commkit.outer.Dadao``); it does not train networks.
+
+    Differences from the paper: none in the recursion. Ranks are simulated in one process, and the constants L
+    and mu are arguments.
 
     Raises:
         ValueError: always.
@@ -898,6 +1014,9 @@ def push_sum(
     """Stochastic gradient push (Assran et al. 2019): gossip over one-way links, unbiased by a mass that travels
     along. 4 bytes per parameter and one number.
 
+    Differences from the paper: exchanges are awaited: there is no overlap. Any optimizer inside; a rank whose
+    mass falls below 1/1000 starts again from its peers' weights.
+
     Args: those of :class:`~commkit.outer.PushSum`.
     """
     return OuterScheme(PushSum, locals()).checked()
@@ -914,6 +1033,10 @@ def a2cid2(
     """A2CiD2 (Nabli, Belilovsky and Oyallon 2023): averages of pairs, with a second copy of the weights that
     carries momentum. 4 bytes per parameter.
 
+    Differences from the paper: meetings take place in rounds after every ``sync_every`` steps, in place of a
+    thread of their own at random times; both sides mix up to that moment first, which keeps the sum of both
+    copies.
+
     Args: those of :class:`~commkit.outer.A2CiD2`; ``pairing_seed`` is its ``seed``.
     """
     return _seeded(A2CiD2, locals(), "pairing_seed")
@@ -929,6 +1052,9 @@ def monna(
 ) -> OuterScheme:
     """MoNNA (Farhadkhani et al. 2023): every rank averages the weights nearest to its own, so that a few ranks may
     send anything. 4 bytes per parameter.
+
+    Differences from the paper: of the vectors that arrived f are left out, so dead ranks do not use up that
+    allowance. There is no exchange of momenta for data that differ much, and no merge at the end.
 
     Args: those of :class:`~commkit.outer.MoNNA`.
     """
@@ -957,6 +1083,9 @@ def async_local_sgd(
     """Asynchronous local SGD with delayed Nesterov momentum (Liu et al. 2024): one rank or several serve, the others
     train, and nobody waits for the slowest. 12 bytes per parameter on the servers, 4 on a worker.
 
+    Differences from the paper: the inner optimizer's state stays on its worker from task to task by default;
+    several ranks may share the server's work; leases end tasks of workers that are lost.
+
     Args: those of :class:`~commkit.outer.AsyncOptions`; ``rule`` is a block such as ``{name: delayed_nesterov,
         momentum: 0.6}``, or ``stale_nesterov``, ``delayed_sgd``, ``fedbuff``.
     """
@@ -981,6 +1110,9 @@ def qsdp(
 ) -> ShardedScheme:
     """QSDP (Markov et al. 2023): FSDP whose gathered weights and scattered gradients are quantised. For models under
     ``fully_shard``. No state; 1.008 bytes per element each way at 8 bits, where FSDP sends 4 or 2.
+
+    Differences from the paper: learned levels are fitted to each message, in place of a few times in a run, and
+    travel with it. Error feedback for gradients is an addition.
 
     Args:
         weight_bits: of the gathered weights, on a lattice that is shifted at random after every optimizer step; the
@@ -1026,6 +1158,9 @@ def zeropp(
     Its third part, a second copy of the weights inside each node for backward, is FSDP's own: give ``fully_shard``
     ``reshard_after_forward`` as the number of ranks per node.
 
+    Differences from the paper: gradients are rounded at random, weights to the nearest, both in blocks of 256.
+    The second copy of the weights is FSDP's.
+
     Args:
         weight_bits: of the gathered weights, nearest rounding. 16 is bfloat16; 32 leaves the gather to FSDP.
         gradient_bits: of the gradients in both hops, rounded at random. 32 leaves the scatter to FSDP.
@@ -1056,6 +1191,8 @@ def hsdp(scheme: Scheme, inside: Scheme | ShardedScheme | None = None) -> Sharde
     divided by the number of shard ranks.
 
     The scheme sees a parameter's shard as the tensor that it compresses: one scale, or one low-rank matrix, for each.
+
+    Differences from the paper: no paper describes it.
 
     Args:
         scheme: for the replicate axis: a name, a block or a Reducer.
@@ -1089,6 +1226,10 @@ def three_level(
     state ever finer over the slower ones, so that each is sent most where sending is cheap. An optimizer around yours: see
     :class:`~commkit.sharded.PartitionedOptimizer`.
 
+    Differences from the paper: the tiers are the axes of any mesh, where the paper has the pairs, nodes and
+    whole of one machine; gradients are coded on every tier, weights on the slowest alone. There is no second
+    copy of the weights for backward.
+
     Args:
         tiers: axes of the mesh, fastest first, without the one that ``fully_shard`` was given. ``["replicate"]`` is
             ZeRO-1 over the replicas of a sharded model.
@@ -1120,6 +1261,9 @@ def backup(
     """Backup workers (Chen et al. 2016): a step takes the first k gradients and drops the others. 4 bytes
     per parameter, and 4 with ``options.compressor``, where what was dropped is kept.
 
+    Differences from the paper: shares of the batch go round, so that a slow worker's data is not left out; with
+    ``options.compressor`` and error feedback a gradient that came too late stays in its worker's residual.
+
     Args: those of :class:`~commkit.straggler.Backup`; ``transport`` and ``options`` as for
         :class:`~commkit.straggler.StragglerScheme`.
     """
@@ -1138,6 +1282,10 @@ def dbw(
     """Dynamic backup workers (Xu, Neglia and Sebastianelli 2020): backup workers whose k is chosen anew in every
     step, by the expected progress per second. 4 bytes per parameter.
 
+    Differences from the paper: until its windows are full it awaits half of the workers, not all; k changes by
+    at most ``max_change`` and rises while the loss does; ``gain: noise_scale`` is an addition, for optimizers
+    with momentum.
+
     Args: those of :class:`~commkit.straggler.DBW`; ``gain`` has to suit the optimizer. Others as for ``backup``.
     """
     method = DynamicBackup(gain, window, loss_tolerance, max_change)
@@ -1154,6 +1302,10 @@ def gradient_coding(
 ) -> StragglerScheme:
     """Gradient coding (Tandon et al. 2017): every worker computes s + 1 shares, so that the exact gradient comes
     without any s of the workers. 4 bytes per parameter.
+
+    Differences from the paper: codes of repetition where they fit, else a deterministic cyclic code; the
+    paper's random one only where neither exists, the best of 200. Rounds close when the gradient can be decoded
+    (``mu``).
 
     Args: those of :class:`~commkit.straggler.Coding`. Others as for ``backup``.
     """
@@ -1175,6 +1327,9 @@ def sr_sgc(
     """Sequential gradient coding with selective repetition (Krishnan et al. 2023): the exact gradient, some rounds
     later, for less redundancy. 4 bytes per parameter and job under way.
 
+    Differences from the paper: the code as for ``gradient_coding``; ``braking`` and one model on late gradients
+    are additions to the paper's several models.
+
     Args: those of :class:`~commkit.straggler.SelectiveRepetition`; ``braking`` is the rho of adaptive braking (Venigalla
         et al. 2020), for one model that takes late gradients. Others as for ``backup``.
     """
@@ -1195,6 +1350,9 @@ def m_sgc(
 ) -> StragglerScheme:
     """Multiplexed sequential gradient coding (Krishnan et al. 2023): the exact gradient, some rounds later, with little
     redundancy: lost work is mostly tried again. 4 bytes per parameter and job under way.
+
+    Differences from the paper: those of ``sr_sgc``. A group's coded part counts as soon as it can be decoded,
+    which codes of repetition allow with fewer workers than the paper counts.
 
     Args: those of :class:`~commkit.straggler.Multiplexed`. Others as for ``sr_sgc``.
     """

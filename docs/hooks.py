@@ -46,6 +46,9 @@ FAMILIES = {
     "step of FSDP": "Sharded models",
     "": "In Python alone",
 }
+_DIFFERENCES = re.compile(
+    r"^Differences from the paper: (.*?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL
+)
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):<code>~?([^<]*)</code>")
 
 
@@ -99,15 +102,17 @@ def overview() -> str:
 
 
 def scheme_page(card: SchemeCard) -> str:
-    """What it is, when to take it, its knobs and how to tune them, what it costs, what it is made of."""
+    """What it is, when to take it, its knobs and how to tune them, what it costs, in what it is not what its paper says,
+    what it is made of."""
     factory = lookup("scheme", card.name)
     text, described = _docstring(factory)
     lines = [f"# {card.name}", "", text, ""]
+    apart = ["## Differences from the paper", "", differences(factory), ""]
     if not card.every:  # a name that says where else to look
-        return "\n".join(lines)
+        return "\n".join(lines + apart)
     lines += ["## In use", "", *_usage(card), ""]
     lines += ["## Knobs", "", *_knobs(factory, described), ""]
-    lines += ["## Costs", "", _COSTS, "", *_costs(card), ""]
+    lines += ["## Costs", "", _COSTS, "", *_costs(card), "", *apart]
     parts = list(_parts(card.name))
     if parts:
         lines += ["## Made of", "", "How each of them works is on its own page.", ""]
@@ -155,6 +160,18 @@ def _knobs(factory: Any, described: dict[str, str]) -> list[str]:
     return lines
 
 
+def differences(documented: Any) -> str:
+    """In what it is not what its paper says, as its docstring has it, or that of a class which it builds; "" if neither
+    says anything."""
+    text = inspect.getdoc(documented) or ""
+    found = _DIFFERENCES.search(text)
+    if found is None:
+        inner = (differences(_resolve(path)) for path in _classes(text))
+        return next(filter(None, inner), "")
+    told = _prose(found[1])
+    return told[0].upper() + told[1:]
+
+
 def _docstring(documented: Any) -> tuple[str, dict[str, str]]:
     """The text of a docstring before its sections, and what is said of each argument; under "" what is said of all.
 
@@ -183,7 +200,7 @@ def _docstring(documented: Any) -> tuple[str, dict[str, str]]:
     found.pop("", None)
     if stated:
         found[""] = f"They are {stated}"
-    return _prose(prose), found | _arguments(section)
+    return _prose(_DIFFERENCES.sub("", prose)), found | _arguments(section)
 
 
 def _classes(text: str) -> list[str]:

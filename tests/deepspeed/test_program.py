@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -78,9 +79,13 @@ def test_a_former_config_trains(tmp_path):
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
     config = ROOT / "configs" / "deepspeed" / "powersgd_zero3.json"
-    run(config, tmp_path / "whole", *words(tmp_path, 4))
-    run(config, tmp_path / "halves", *words(tmp_path, 2))
-    run(config, tmp_path / "halves", *words(tmp_path, 4), "--resume")
+    given = [*words(tmp_path, 4), "--set", "checkpoint.every=2"]
+    run(config, tmp_path / "whole", *given)
+    # As if it had been killed after half of its steps.
+    later = shutil.ignore_patterns("step_000004", ".lock", "summary.json")
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves", ignore=later)
+    (tmp_path / "halves" / "checkpoints" / "latest").write_text("step_000002")
+    run(config, tmp_path / "halves", *given, "--resume")
     whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
     halves = json.loads((tmp_path / "halves" / "summary.json").read_text())
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")

@@ -1,7 +1,8 @@
 """The code blocks of a page, and what comments above them say.
 
-``<!-- not run: REASON -->``: a block that no test runs. ``<!-- given: NAME -->``: what it is run in, of
-:mod:`tests.docs.surroundings`. ``<!-- shortened: A to B, C to D -->``: replacements before it is run.
+``<!-- given: NAME -->``: what it is run in, of :mod:`tests.docs.surroundings`. ``<!-- shortened: A to B, C to D -->``:
+replacements before it is run. ``<!-- then: STATEMENT -->``: what is run after it, so that something is trained. ``<!-- saved
+as: NAME -->``: a file that other blocks of the page read; programs in it are run by those alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-NOTES = ("not run", "given", "shortened")
+NOTES = ("given", "shortened", "then", "saved as")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Block:
 
     @property
     def program(self) -> str:
-        """What is run of a python block, or of a diff: the text after the change."""
+        """What is run of a block, or of a diff: the text after the change."""
         lines = self.text.split("\n")
         if self.language == "diff":
             lines = [line[1:] for line in lines if not line.startswith("-")]
@@ -43,7 +44,7 @@ class Block:
             if text.count(before) != 1:
                 raise ValueError(f"{self.place}: {before!r} is there {text.count(before)} times")
             text = text.replace(before, after)
-        return text
+        return f"{text}\n{self.notes['then']}" if "then" in self.notes else text
 
 
 def blocks(page: Path) -> list[Block]:
@@ -71,9 +72,3 @@ def blocks(page: Path) -> list[Block]:
             notes = {}
         at += 1
     return found
-
-
-def blocks_in(*languages: str) -> list[Block]:
-    """All blocks of all pages in these languages that are to be run."""
-    every = [block for page in PAGES for block in blocks(page)]
-    return [b for b in every if b.language in languages and "not run" not in b.notes]

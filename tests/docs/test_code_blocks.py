@@ -1,13 +1,13 @@
-"""Every code block of README.md and docs/ works, or says why nobody tries it."""
+"""Every code block of README.md and docs/ works; what is for a shell is in test_shell_blocks."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
-import shlex
-import sys
+import os
+import tempfile
 import traceback
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -15,142 +15,106 @@ import torch
 import torch.distributed as dist
 import yaml
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-from commkit.adapters.deepspeed.legacy import is_former
-from commkit.adapters.deepspeed.settings import read_block
 from commkit.config import validate
 from commkit.schemes import make_scheme
 from launch.settings import TrainSettings
-from tests.docs.blocks import PAGES, ROOT, blocks, blocks_in
+from tests.docs import frameworks
+from tests.docs.blocks import PAGES, Block, blocks
 from tests.docs.surroundings import namespace
 from tests.harness import run_ranks
 
-PROGRAMS = ("python", "diff")
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+LANGUAGES = ("python", "diff", "yaml", "json", "sh")
 RANKS = 3  # a coordinator and as many workers as it takes to do without one
 
 
-def names(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
+def is_program(block: Block) -> bool:
+    """Whether ranks run it, in place of a shell or of one process that reads it."""
+    if block.language == "json" or block.notes.get("given") == "the program above":
+        return True
+    return block.language in ("python", "diff") and "saved as" not in block.notes
 
 
-def test_pages_have_blocks_that_somebody_runs():
-    assert len(blocks_in(*PROGRAMS)) > 10
-    for page in PAGES:
-        for block in blocks(page):
-            assert block.language in (*PROGRAMS, "yaml", "json", "sh"), block.place
-            if "not run" in block.notes:
-                assert len(block.notes["not run"].split()) > 2, f"{block.place}: say why"
+def needs_framework(block: Block) -> bool:
+    """Whether its ranks are those of a framework's launcher."""
+    return block.language == "json" or block.notes.get("given") in frameworks.GIVEN
 
 
-def run_programs(rank: int, world_size: int, pages: list[Path]) -> dict[str, str]:
+def test_pages_have_blocks_of_known_languages():
+    assert {block.language for block in BLOCKS} == set(LANGUAGES)
+    assert sum(map(is_program, BLOCKS)) > 30
+
+
+def run_block(block: Block) -> None:
+    if block.language == "json":
+        frameworks.train_by(json.loads(block.program))
+    elif block.language == "yaml":
+        make_scheme(yaml.safe_load(block.program)["scheme"])
+    else:
+        program = block.program
+        scope = namespace(program, block.notes.get("given", ""))
+        exec(compile(program, block.place, "exec"), scope)
+
+
+def write_files(page: str, chosen: Sequence[Block]) -> None:
+    """What blocks of this page read."""
+    if dist.get_rank() == 0:
+        for block in chosen:
+            if "saved as" in block.notes:
+                Path(block.notes["saved as"]).write_text(block.program)
+    dist.barrier()
+
+
+def run_programs(rank: int, world_size: int, chosen: list[Block]) -> dict[str, str]:
     """The errors of blocks that failed, by place. Ranks go on together or not at all."""
+    if needs_framework(chosen[0]):
+        frameworks.prepare(rank, world_size)
+    folder = [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(folder, src=0)
+    os.chdir(folder[0])
     failed = {}
-    for block in (b for page in pages for b in blocks(page)):
-        if block.language not in PROGRAMS or "not run" in block.notes:
-            continue
-        torch.manual_seed(0)
-        error = ""
-        try:
-            program = block.program
-            scope = namespace(program, block.notes.get("given", ""))
-            exec(compile(program, block.place, "exec"), scope)
-        except Exception:
-            error = traceback.format_exc()
-        told: list[str] = [""] * world_size
-        dist.all_gather_object(told, error)
-        if any(told):
-            failed[block.place] = "\n".join(f"rank {r}: {t}" for r, t in enumerate(told) if t)
+    for page, of_page in groupby(chosen, key=lambda block: block.place.partition(":")[0]):
+        here = list(of_page)
+        write_files(page, here)
+        for block in here:
+            torch.manual_seed(0)
+            error = ""
+            try:
+                run_block(block)
+            except Exception:
+                error = traceback.format_exc()
+            told: list[str] = [""] * world_size
+            dist.all_gather_object(told, error)
+            if any(told):
+                failed[block.place] = "\n".join(f"rank {r}: {t}" for r, t in enumerate(told) if t)
     dist.barrier()
     return failed
 
 
+def failures(world_size: int, chosen: list[Block]) -> str:
+    failed = run_ranks(run_programs, world_size, chosen, deadline_s=280)[0]
+    return "\n".join(f"{place}\n{error}" for place, error in failed.items())
+
+
 @pytest.mark.timeout(300)
-def test_python_blocks_run():
-    failed = run_ranks(run_programs, RANKS, PAGES, deadline_s=280)[0]
-    assert not failed, "\n".join(f"{place}\n{error}" for place, error in failed.items())
+def test_programs_run():
+    chosen = [block for block in BLOCKS if is_program(block) and not needs_framework(block)]
+    assert not failures(RANKS, chosen)
 
 
-@pytest.mark.parametrize("block", blocks_in("yaml"), ids=lambda block: block.place)
+@pytest.mark.timeout(300)
+def test_programs_and_configs_of_frameworks_train():
+    for name in frameworks.NAMES:
+        pytest.importorskip(name)
+    chosen = [block for block in BLOCKS if is_program(block) and needs_framework(block)]
+    assert len(chosen) > 15
+    assert not failures(frameworks.RANKS, chosen)
+
+
+RECIPES = [block for block in BLOCKS if block.language == "yaml" and not is_program(block)]
+
+
+@pytest.mark.parametrize("block", RECIPES, ids=lambda block: block.place)
 def test_yaml_blocks_are_recipes(block):
     settings = validate(TrainSettings, yaml.safe_load(block.text), block.place)
     make_scheme(settings.scheme)
-
-
-@pytest.mark.parametrize("block", blocks_in("json"), ids=lambda block: block.place)
-def test_json_blocks_are_configs_of_deepspeed(block):
-    config = json.loads(block.text)
-    if "commkit" in config:
-        read_block(config["commkit"])
-    else:
-        assert is_former(config["optimizer"])
-
-
-COMMANDS = [
-    pytest.param(line, id=f"{block.place} {line[:40]}")
-    for block in blocks_in("sh")
-    for line in re.sub(r"\\\n\s*", " ", block.text).split("\n")
-    if line.strip()
-]
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_shell_blocks_name_what_there_is(line):
-    words = shlex.split(line, comments=True)
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words.pop(0)
-    program, *rest = words
-    if program == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert rest[0] in targets
-    elif program == "pip":
-        offered = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        for extra in re.findall(r"\[([^\]]*)\]", line):
-            assert set(extra.split(",")) <= set(offered["optional-dependencies"])
-    elif program == "commkit":
-        check_commkit(rest)
-    elif "launch/train.py" in rest:
-        assert program == "torchrun" or (ROOT / program).is_file()
-        check_training(rest[rest.index("launch/train.py") + 1 :])
-    else:
-        assert program == "python", f"who knows {program}?"
-        assert rest[0] == "-m"
-        assert importlib.util.find_spec(rest[1]) is not None
-
-
-def check_training(words):
-    import tyro
-
-    from launch.train import Arguments, read_settings
-
-    arguments = tyro.cli(Arguments, args=words)
-    settings = read_settings(replaced(arguments))
-    make_scheme(settings.scheme)
-
-
-def replaced(arguments):
-    import dataclasses
-
-    return dataclasses.replace(arguments, config=ROOT / arguments.config)
-
-
-def check_commkit(words):
-    """A subcommand that there is, and flags that its help knows."""
-    import subprocess
-
-    told = subprocess.run(
-        [sys.executable, "-m", "commkit.cli", words[0], "--help"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=100,
-    )
-    assert told.returncode == 0, told.stderr
-    for word in words[1:]:
-        if word.startswith("--"):
-            assert word in told.stdout, word
-        if word.startswith("configs/"):
-            assert (ROOT / word).is_file()

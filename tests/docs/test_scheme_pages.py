@@ -27,6 +27,15 @@ def test_every_knob_of_every_scheme_has_a_meaning(name):
         assert described.get(knob, "").strip(), f"{name}: nothing says what {knob} is"
 
 
+@pytest.mark.parametrize("name", names("scheme"))
+def test_every_page_says_in_what_a_scheme_differs_from_its_paper(name):
+    told = hooks.differences(lookup("scheme", name))
+    assert len(told.split()) > 3, f"{name}: say 'Differences from the paper: ...' in its docstring"
+    page = hooks.scheme_page(card(name))
+    assert page.count("Differences from the paper") == 1
+    assert f"## Differences from the paper\n\n{told}\n" in page
+
+
 def test_a_page_has_text_recipe_knobs_costs_and_parts():
     page = hooks.scheme_page(card("powersgd"))
     assert page.startswith("# powersgd\n\nPowerSGD (Vogels et al. 2019)")

@@ -169,8 +169,29 @@ def huggingface(setup: Setup, run: Run) -> Outcome:
     return net.outcome(max(sent))
 
 
+def deepspeed(setup: Setup, run: Run) -> Outcome:
+    """Stage 0, where all schemes of the table are served; tests/deepspeed has the other stages."""
+    from tests.deepspeed import world
+
+    world.prepare(run.rank, run.world_size)
+    net, sent = Net(), Sent()
+    block = {} if setup.scheme is None else {"commkit": {"scheme": setup.scheme}}
+    engine = world.engine_of(net, world.config(**block), setup.optimizer(net.parameters()))
+    if run.resumed:
+        engine.load_checkpoint(run.directory)
+    for step in run.steps:
+        engine.backward(engine(*batch(step, run.rank)))
+        engine.step()
+        sent.see(engine.commkit.last_step)
+        if step + 1 == SAVE_AT:
+            engine.save_checkpoint(run.directory)
+    engine.commkit.close()
+    return net.outcome(sent.most)
+
+
 FRAMEWORKS: dict[str, Callable[[Setup, Run], Outcome]] = {
     "plain": plain,
+    "deepspeed": deepspeed,
     "accelerate": accelerate,
     "lightning": lightning,
     "huggingface": huggingface,

@@ -7,6 +7,7 @@ import pytest
 from .conformance import Cell, measured, pairs
 
 pytest.importorskip("accelerate")
+pytest.importorskip("deepspeed")
 pytest.importorskip("lightning")
 pytest.importorskip("transformers")
 

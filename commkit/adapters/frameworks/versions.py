@@ -59,4 +59,5 @@ class Requirement:
 LIGHTNING = Requirement("lightning", "2.4", "3", "lightning")
 PYTORCH_LIGHTNING = Requirement("pytorch-lightning", "2.4", "3", "lightning")
 ACCELERATE = Requirement("accelerate", "1.0", "2", "accelerate")
+TORCHFT = Requirement("torchft", "0.2", "0.3", "torchft")
 TRANSFORMERS = Requirement("transformers", "5.0", "6", "transformers")
