@@ -53,7 +53,15 @@ _OPTIONAL = (
         "deepspeed",
         "lightning",
     ),
-    *("accelerate", "transformers", "torchft", "tensorboard", "wandb", "opentelemetry-sdk", "simpy"),
+    *(
+        "accelerate",
+        "transformers",
+        "torchft",
+        "tensorboard",
+        "wandb",
+        "opentelemetry-sdk",
+        "simpy",
+    ),
 )
 
 
