@@ -8,7 +8,7 @@ link once; where every rank has a peer elsewhere, all of them share it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..sim.mirror import Op
 from .cluster import Cluster, Link
@@ -49,6 +49,12 @@ def hops(op: Op, scope: str, payload: float, cluster: Cluster) -> Hops:
     Raises:
         ValueError: a scope that no cluster has.
     """
+    found = _of_algorithm(op, scope, payload, cluster)
+    latency, transfer = cluster.factors.get(op, (1.0, 1.0))
+    return replace(found, messages=latency * found.messages, link_bytes=transfer * found.link_bytes)
+
+
+def _of_algorithm(op: Op, scope: str, payload: float, cluster: Cluster) -> Hops:
     if scope not in ("", "intra", "inter"):
         raise ValueError(f"scope={scope!r} must be '', 'intra' or 'inter'")
     per_node = cluster.ranks_per_node

@@ -15,7 +15,7 @@ from ..outer import OuterScheme
 from ..reducer import Reducer
 from ..schemes import make_scheme
 from ..sim.mirror import MirrorComm, gradients_like
-from .run import MEASURED_WITH, run_rounds, run_steps
+from .run import MEASURED_WITH, run_rounds, run_steps, settle
 
 SIDE, MATRICES = 512, 8  # two million elements: past the caches, as gradients are
 _WORLDS = (2, 8)
@@ -39,30 +39,37 @@ class Pace:
         return numel * (self.alone + self.each * world_size)
 
 
-def pace_of(name: str, knobs: Mapping[str, Any] | None = None) -> Pace:
+def pace_of(
+    name: str,
+    knobs: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> Pace:
     """Timed now, with the threads that torch has; the best of a few.
 
     Args:
         name: a scheme for gradients or an optimizer that communicates, or one for local updates, of which a
             round is timed less the steps.
+        device: of the gradients; None is the CPU.
     """
-    return _timed(name, tuple(sorted((knobs or {}).items())), torch.get_num_threads())
+    told = tuple(sorted((knobs or {}).items()))
+    return _timed(name, told, str(device or "cpu"), torch.get_num_threads())
 
 
 @lru_cache(maxsize=256)
-def _timed(name: str, knobs: tuple[tuple[str, Any], ...], threads: int) -> Pace:
+def _timed(name: str, knobs: tuple[tuple[str, Any], ...], device: str, threads: int) -> Pace:
     numel = MATRICES * SIDE * SIDE
-    low, high = (_best(name, {**MEASURED_WITH.get(name, {}), **dict(knobs)}, w) for w in _WORLDS)
+    given = {**MEASURED_WITH.get(name, {}), **dict(knobs)}
+    low, high = (_best(name, given, device, w) for w in _WORLDS)
     each = max(high - low, 0.0) / (_WORLDS[1] - _WORLDS[0])
     return Pace(max(low - each * _WORLDS[0], 0.0) / numel, each / numel)
 
 
-def _best(name: str, knobs: Mapping[str, Any], world_size: int) -> float:
+def _best(name: str, knobs: Mapping[str, Any], device: str, world_size: int) -> float:
     made = make_scheme(name, knobs)
     if isinstance(made, OuterScheme):
-        return min(_round(name, knobs, world_size) for _ in range(_REPEATS - 1))
+        return min(_round(name, knobs, device, world_size) for _ in range(_REPEATS - 1))
     shapes = {str(i): torch.Size((SIDE, SIDE)) for i in range(MATRICES)}
-    gradients = gradients_like(shapes, seed=0)
+    gradients = {name: g.to(device) for name, g in gradients_like(shapes, seed=0).items()}
     return min(
         run_steps(_gradient_scheme(name, knobs), gradients, MirrorComm(world_size)).seconds
         for _ in range(_REPEATS)
@@ -75,9 +82,9 @@ def _gradient_scheme(name: str, knobs: Mapping[str, Any]) -> Reducer | Optimizer
     return made
 
 
-def _round(name: str, knobs: Mapping[str, Any], world_size: int) -> float:
+def _round(name: str, knobs: Mapping[str, Any], device: str, world_size: int) -> float:
     """Of a round's own arithmetic: less the optimizer's steps."""
-    layers = (torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES))
+    layers = (torch.nn.Linear(SIDE, SIDE, bias=False, device=device) for _ in range(MATRICES))
     model = torch.nn.Sequential(*layers)
     made = make_scheme(name, {**knobs, "sync_every": _STEPS_OF_ROUND})
     assert isinstance(made, OuterScheme)
@@ -86,4 +93,5 @@ def _round(name: str, knobs: Mapping[str, Any], world_size: int) -> float:
     start = time.perf_counter()
     for _ in range(_STEPS_OF_ROUND):
         optimizer.step()
+    settle(torch.device(device))
     return max(ran.seconds - (time.perf_counter() - start), 0.0)

@@ -112,6 +112,9 @@ def test_shell_blocks_name_what_there_is(line):
             assert set(extra.split(",")) <= set(offered["optional-dependencies"])
     elif program == "commkit":
         check_commkit(rest)
+    elif "commkit.cli" in rest:
+        assert program == "torchrun"
+        check_commkit(rest[rest.index("commkit.cli") + 1 :])
     elif "launch/train.py" in rest:
         assert program == "torchrun" or (ROOT / program).is_file()
         check_training(rest[rest.index("launch/train.py") + 1 :])
