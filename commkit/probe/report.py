@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -15,7 +15,7 @@ from ..cost.cluster import Link
 from ..cost.pace import Pace
 from ..cost.shapes import Shapes, shapes_of
 
-VERSION = 1
+VERSION: Final = 1
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
