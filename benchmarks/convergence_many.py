@@ -4,13 +4,14 @@ A network of 2,762 parameters learns a fixed random network's labels. Every repl
 number of steps, whatever their number; "alone" never synchronises. Losses are of the mean of all replicas' weights (of
 "alone": the mean of the replicas' losses), on the same held-out samples.
 
-    python benchmarks/convergence_many.py [--replicas 16 64 256] [--json FILE]
+    python benchmarks/convergence_many.py [--replicas 16 64 256] [--only ddp diloco noloco] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -119,13 +120,11 @@ def measure(options: argparse.Namespace) -> Result:
     numbers = [4] if options.quick else options.replicas
     task = Task()
     result = Result("convergence_many", {"steps": steps, "sync_every": ROUND, "batch": BATCH})
-    rows = [run(name, number, steps, task) for number in numbers for name in METHODS]
+    rows = [run(name, number, steps, task) for number in numbers for name in options.only]
     result.tables["loss after as many steps"] = rows
     losses = {(row["method"], row["replicas"]): row["loss"] for row in rows}
     for number in numbers:
-        for name in METHODS:
-            if name in ("alone", "ddp"):
-                continue
+        for name in compared(options.only):
             ratio = losses[name, number] / losses["ddp", number]
             result.targets.append(
                 Target.at_most(f"{name} / ddp, loss, {number} replicas", NEAR, ratio)

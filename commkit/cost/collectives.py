@@ -1,6 +1,6 @@
 """How long a collective takes on a cluster, by the algorithm that carries it.
 
-gloo's: rings for all-reduce, all-gather and (with an all-reduce's traffic) reduce-scatter, pairwise rounds for
+gloo's: rings for all-reduce, all-gather and (with an all-reduce's traffic) reduce-scatter, all messages at once for
 all-to-all, a binomial tree for broadcast. Ranks of a node are neighbours in the ring, so that a ring crosses a node's
 link once; where every rank has a peer elsewhere, all of them share it.
 """
@@ -78,7 +78,7 @@ def _of_algorithm(op: Op, scope: str, payload: float, cluster: Cluster) -> Hops:
         sent = (ranks - 1) * payload
         return Hops(ranks - 1, sent * rings, sent, link)
     if op == "all_to_all":
-        return Hops(ranks - 1, share * payload * leaving, share * payload, link)
+        return Hops(1, share * payload * leaving, share * payload, link)
     if op == "broadcast":
         depth = math.ceil(math.log2(ranks))
         return Hops(depth, depth * payload * rings, share * payload, link)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +14,7 @@ from ..outer import OuterScheme
 from ..reducer import Reducer
 from ..schemes import make_scheme
 from ..sim.mirror import MirrorComm, gradients_like
-from .run import MEASURED_WITH, run_rounds, run_steps, settle
+from .run import MEASURED_WITH, run_rounds, run_steps, timed
 
 SIDE, MATRICES = 512, 8  # two million elements: past the caches, as gradients are
 _WORLDS = (2, 8)
@@ -47,8 +46,8 @@ def pace_of(
     """Timed now, with the threads that torch has; the best of a few.
 
     Args:
-        name: a scheme for gradients or an optimizer that communicates, or one for local updates, of which a
-            round is timed less the steps.
+        name: a scheme for gradients; an optimizer that communicates, less the step of the one whose place it takes; or
+            a scheme for local updates, of which a round is timed less the steps.
         device: of the gradients; None is the CPU.
     """
     told = tuple(sorted((knobs or {}).items()))
@@ -70,10 +69,27 @@ def _best(name: str, knobs: Mapping[str, Any], device: str, world_size: int) -> 
         return min(_round(name, knobs, device, world_size) for _ in range(_REPEATS - 1))
     shapes = {str(i): torch.Size((SIDE, SIDE)) for i in range(MATRICES)}
     gradients = {name: g.to(device) for name, g in gradients_like(shapes, seed=0).items()}
-    return min(
+    seconds = min(
         run_steps(_gradient_scheme(name, knobs), gradients, MirrorComm(world_size)).seconds
         for _ in range(_REPEATS)
     )
+    if isinstance(made, OptimizerScheme):  # it takes the place of another one
+        seconds = max(seconds - _plain_step(made.like, gradients), 0.0)
+    return seconds
+
+
+def _plain_step(like: str, gradients: Mapping[str, torch.Tensor]) -> float:
+    """Of torch's own optimizer."""
+    weights = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients.values()]
+    for weight, g in zip(weights, gradients.values(), strict=True):
+        weight.grad = g
+    optimizer = (
+        torch.optim.SGD(weights, lr=1e-3, momentum=0.9)
+        if like == "sgd"
+        else torch.optim.AdamW(weights, lr=1e-3, fused=True)
+    )
+    optimizer.step()  # makes its state
+    return min(timed(optimizer.step, weights[0].device) for _ in range(_REPEATS))
 
 
 def _gradient_scheme(name: str, knobs: Mapping[str, Any]) -> Reducer | OptimizerScheme:
@@ -90,8 +106,9 @@ def _round(name: str, knobs: Mapping[str, Any], device: str, world_size: int) ->
     assert isinstance(made, OuterScheme)
     ran = run_rounds(made, model, MirrorComm(world_size))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    start = time.perf_counter()
-    for _ in range(_STEPS_OF_ROUND):
-        optimizer.step()
-    settle(torch.device(device))
-    return max(ran.seconds - (time.perf_counter() - start), 0.0)
+
+    def steps() -> None:
+        for _ in range(_STEPS_OF_ROUND):
+            optimizer.step()
+
+    return max(ran.seconds - timed(steps, torch.device(device)), 0.0)

@@ -144,6 +144,15 @@ class _Mark:
         )
 
 
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of ``work``, its kernels on a GPU included."""
+    settle(device)
+    start = time.perf_counter()
+    work()
+    settle(device)
+    return time.perf_counter() - start
+
+
 def settle(device: torch.device) -> None:
     """Wait for what a GPU still has to do."""
     if device.type == "cuda":

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..comm import DistComm
+from ..cost.run import timed
 from .report import CollectiveFound, Op
-from .sweep import slowest, sweep, timed
+from .sweep import slowest, sweep
 
 _CPU_BYTES = 1024**2  # of the all-reduces whose processor time is taken
 _CPU_REPEATS = 4

@@ -7,10 +7,11 @@ from typing import TypeAlias
 
 import torch
 
+from ..cost.run import timed
 from ..outer.pairing import round_robin
 from ..types import Comm
 from .report import PairFound
-from .sweep import sweep, timed
+from .sweep import sweep
 
 Pair: TypeAlias = tuple[int, int]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, pstdev
 
 import torch
 
-from ..cost.run import settle
 from ..types import Comm
 
 SMALLEST, FIRST = (
@@ -17,6 +15,7 @@ SMALLEST, FIRST = (
     16 * 1024,
 )  # bytes: of the latency, and where the sweep for the bandwidth begins
 _LARGEST = 64 * 1024**2
+_SMALL = 4  # times as many of the smallest, which cost nothing and vary
 _ASYMPTOTE = 3  # of the largest sizes: what the bandwidth is the slope of
 
 
@@ -81,7 +80,8 @@ def sweep(
     while True:
         size = -(-size // multiple) * multiple
         message(size)
-        seconds[size] = [message(size) for _ in range(repeats)]
+        many = repeats if seconds else _SMALL * repeats
+        seconds[size] = [message(size) for _ in range(many)]
         longest = slowest(median(seconds[size]), comm, device)
         if size >= _LARGEST or (len(seconds) > _ASYMPTOTE and longest >= target_s):
             return Sweep(seconds)
@@ -92,12 +92,3 @@ def slowest(seconds: float, comm: Comm, device: torch.device) -> float:
     """The most that any rank took. Collective."""
     x = torch.tensor([seconds], dtype=torch.float64, device=device)
     return float(comm.all_reduce(x, op="max"))
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of ``work``, its kernels on a GPU included."""
-    settle(device)
-    start = time.perf_counter()
-    work()
-    settle(device)
-    return time.perf_counter() - start

@@ -105,23 +105,9 @@ def test_what_does_not_fit_is_never_recommended():
 
 
 def test_a_larger_model_on_more_nodes(file, capsys):
-    words = [
-        "advise",
-        "--probe",
-        str(file),
-        "--model-size",
-        "7B",
-        "--nodes",
-        "64",
-        "--link",
-        "1gbit",
-    ]
-    assert (
-        cli.main(
-            [*words, "--memory", "141GB", "--step-seconds", "4", "--longest", "4096", "--json"]
-        )
-        == 0
-    )
+    words = ["--model-size", "7B", "--nodes", "64", "--link", "1gbit", "--memory", "192GB"]
+    words += ["--step-seconds", "4", "--longest", "4096", "--schemes", "ddp,int8,diloco", "--json"]
+    assert cli.main(["advise", "--probe", str(file), *words]) == 0
     told = json.loads(capsys.readouterr().out)
     by_name = {one["scheme"]: one for one in told["rows"]}
     # 28 GB, twice over a link of 0.12 GB/s; 126 messages for each 25 MiB; less what backward hides

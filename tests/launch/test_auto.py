@@ -3,10 +3,16 @@
 import json
 
 import pytest
+import torch
 
+from commkit.probe import ProbeError
+from commkit.probe.report import model_found
+from launch import auto
 from launch.expectation import Expectation
 from launch.rundir import read_records
-from launch.train import Arguments, SetupError, prepare
+from launch.tasks import make_task
+from launch.train import Arguments, SetupError, prepare, read_settings
+from launch.world import World
 from tests.launch.conftest import ROOT
 from tests.probe.found import probe_of
 
@@ -68,11 +74,36 @@ def test_a_probe_without_auto_is_refused(tmp_path):
         )
 
 
-def test_a_probe_of_another_model_is_refused(launcher, tmp_path):
+@pytest.fixture
+def job(launcher):
+    """Settings and task of a tiny run."""
+    words = tuple(word for word in launcher.settings() if word != "--set")
+    settings = read_settings(Arguments(config=ROOT / "configs" / "ddp.yaml", overrides=words))
+    return settings, make_task(settings)
+
+
+def picked(job, tmp_path, world_size=4, **probe):
+    settings, task = job
     file = tmp_path / "probe.json"
-    file.write_text(probe_of().model_dump_json())
-    options = ("--scheme", "auto", "--probe", str(file))
-    process = launcher.start("ddp", tmp_path / "run", *options, ranks=1)
-    words = launcher.finish(process)
-    assert process.returncode == 2
-    assert "it is of a model of 10,010,000 parameters" in words
+    file.write_text(probe_of(**probe).model_dump_json())
+    world = World(rank=0, local_rank=0, size=world_size, local_size=1, launched=False)
+    return auto.pick(settings, task, world, torch.device("cpu"), file)
+
+
+def test_the_choice_is_that_of_the_probe(job, tmp_path):
+    of_this = {"model": model_found(job[1].build())}
+    fast, _ = picked(job, tmp_path, link_mbit=1e9, latency_s=0.0, **of_this)
+    assert fast.scheme == {"name": "ddp"}
+    paces = {"ddp": 0.0, "diloco": 1e-10}
+    slow, expected = picked(job, tmp_path, link_mbit=10, step_s=0.1, paces=paces, **of_this)
+    assert slow.scheme["name"] == expected.scheme == "diloco"
+    assert expected.sync_every == slow.scheme["sync_every"] > 1
+    assert expected.last >= expected.sync_every
+    assert expected.reason.startswith("diloco every")
+
+
+def test_probes_of_another_model_or_cluster_are_refused(job, tmp_path):
+    with pytest.raises(ProbeError, match="it is of a model of 10,010,000 parameters"):
+        picked(job, tmp_path)
+    with pytest.raises(ProbeError, match="it is of 4 ranks, this run has 3"):
+        picked(job, tmp_path, world_size=3, model=model_found(job[1].build()))
