@@ -132,11 +132,15 @@ def measure(options: argparse.Namespace) -> Result:
     return result
 
 
+def compared(names: Sequence[str]) -> list[str]:
+    """Those that have a ratio to plain DDP."""
+    return [name for name in names if name not in ("alone", "ddp") and "ddp" in names]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--replicas", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+
+
 if __name__ == "__main__":
-    main(
-        __doc__,
-        measure,
-        lambda parser: parser.add_argument(
-            "--replicas", type=int, nargs="+", default=[16, 64, 256]
-        ),
-    )
+    main(__doc__, measure, add_options)
