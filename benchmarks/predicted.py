@@ -2,7 +2,7 @@
 
 What a step takes to compute is the measured step of ``noop`` in the same comparison; the rate is the link's nominal one.
 Latency, what collectives and compression take, and the processor time of sending come from probes that were made in labs
-of as many nodes (``results/probe_N_nodes.json``, written by ``commkit probe``); since a machine's other load differs from day
+of as many nodes (``results/probes/N_nodes.json``, written by ``commkit probe``); since a machine's other load differs from day
 to day, processor times are multiplied by the comparison's ``noop`` step over the probe's. Nothing is fitted to a cell.
 
     python benchmarks/predicted.py [--probes DIR] [--json FILE]
@@ -158,7 +158,7 @@ def cells(path: Path) -> list[Cell]:
 @cache
 def probe_of(folder: Path, ranks: int) -> Probe:
     """Made in a lab where as many ranks shared the machine."""
-    return load_probe(folder / f"probe_{ranks}_nodes.json")
+    return load_probe(folder / f"{ranks}_nodes.json")
 
 
 def row_of(cell: Cell, found: Prediction) -> dict[str, Any]:
@@ -259,5 +259,5 @@ if __name__ == "__main__":
     main(
         __doc__,
         measure,
-        lambda parser: parser.add_argument("--probes", type=Path, default=RESULTS),
+        lambda parser: parser.add_argument("--probes", type=Path, default=RESULTS / "probes"),
     )
