@@ -61,7 +61,7 @@ class Extent:
     @classmethod
     def short(cls) -> Extent:
         """Seconds in place of minutes, for the start of a run."""
-        return cls(message_s=0.04, repeats=3, steps=8)
+        return cls(message_s=0.08, repeats=4, steps=8)
 
     def of(self, schemes: Sequence[str]) -> Extent:
         """The same for other schemes."""

@@ -1,5 +1,6 @@
 """What a probe finds is what is there."""
 
+import itertools
 import json
 
 import pytest
@@ -92,6 +93,18 @@ def test_a_sweep_finds_alpha_and_beta_also_behind_a_burst(burst):
     assert found.spread == pytest.approx(0)
 
 
+def test_messages_that_are_late_now_and_then_do_not_count():
+    calls = itertools.count()
+
+    def message(size):
+        return 3e-4 + size / 6e6 + (0.02 if next(calls) % 3 == 0 else 0.0)
+
+    found = sweep(message, MirrorComm(1), CPU, target_s=0.1, repeats=3)
+    assert found.latency_s == pytest.approx(3e-4, rel=0.05)
+    assert found.bytes_per_second == pytest.approx(6e6, rel=1e-6)
+    assert found.spread > 0.01
+
+
 @pytest.mark.parametrize("nodes", [1, 2, 3, 6])
 def test_every_two_nodes_meet_once_and_nobody_twice_at_a_time(nodes):
     rounds = meetings([rank // 2 for rank in range(2 * nodes)])
@@ -147,10 +160,11 @@ def test_impossible_extents_are_refused(fields, message):
         Extent(**fields)
 
 
+@pytest.mark.timeout(200)
 def test_in_the_lab_bandwidths_are_the_set_rates(make_lab, launcher_words, tmp_path):  # noqa: F811
     out = tmp_path / "probe.json"
     with make_lab(3, ["200mbit", "200mbit", "50mbit"]) as lab:
-        results = lab.torchrun("-m", launcher_words(out), deadline_s=100)
+        results = lab.torchrun("-m", launcher_words(out), deadline_s=150)
         assert [result.returncode for result in results] == [0, 0, 0], results
     probe = load_probe(out)
     assert (probe.cluster.nodes, probe.cluster.ranks_per_node) == (3, 1)
