@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import harness  # noqa: F401  (puts the repository on sys.path)
-from report import Result, environment, main, table
+from report import Result, main
 from tqdm import tqdm
 from trials import tuning
 from trials.execute import earlier, execute, recorded
@@ -98,8 +98,6 @@ def measure(options: argparse.Namespace) -> Result:
     result.trials = kept(done)
     result.tables = tuning.tables(done) if options.tune else tables(done)
     result.notes = [] if options.tune else LEGEND
-    if options.markdown:
-        write_markdown(result, options.markdown)
     return result
 
 
@@ -132,18 +130,6 @@ def optimizers(size: Size) -> dict[str, object]:
     return {name: {"lr": size.lr[name], **others} for name, others in size.optim.items()}
 
 
-def write_markdown(result: Result, file: Path) -> None:
-    """The tables and their legend, with when and where they were made."""
-    facts = environment()
-    where = ", ".join(f"{k} {facts[k]}" for k in ("torch", "commkit", "commit", "python"))
-    lines = [f"# {result.benchmark}", f"{facts['date']}, {facts['machine']}, {where}"]
-    for title, rows in result.tables.items():
-        lines += [f"## {title}", table(rows)]
-    lines += ["\n".join(f"- {note}" for note in result.notes)] if result.notes else []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n\n".join(lines) + "\n")
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory of results")
     parser.add_argument(
@@ -159,7 +145,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--known", type=Path, metavar="FILE", help="JSON of an earlier table to go on with"
     )
     parser.add_argument("--deadline", type=float, default=180.0, help="seconds of a trial")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
 
 
 if __name__ == "__main__":

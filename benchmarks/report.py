@@ -120,6 +120,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def write_markdown(result: Result, file: Path) -> None:
+    """Tables, targets and notes, with when and where they were made."""
+    facts = environment()
+    where = ", ".join(f"{k} {facts[k]}" for k in ("torch", "commkit", "commit", "python"))
+    lines = [f"# {result.benchmark}", f"{facts['date']}, {facts['machine']}, {where}"]
+    for title, rows in result.tables.items():
+        lines += [f"## {title}", table(rows)]
+    lines += ["\n".join(f"- {note}" for note in result.notes)] if result.notes else []
+    lines += [table(target_rows(result.targets))] if result.targets else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n\n".join(lines) + "\n")
+
+
 def main(
     doc: str | None,
     measure: Callable[[argparse.Namespace], Result],
@@ -130,6 +143,7 @@ def main(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="and its tables there")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it run?")
     add_options(parser)
     options = parser.parse_args()
@@ -137,6 +151,8 @@ def main(
     result = measure(options)
     result.settings["quick"] = options.quick
     result.show()
+    if options.markdown:
+        write_markdown(result, options.markdown)
     if options.json:
         facts = {**before, "load_average_after": environment()["load_average"]}
         write_json(options.json, {"environment": facts, **dataclasses.asdict(result)})

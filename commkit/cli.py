@@ -1,6 +1,6 @@
-"""The ``commkit`` command: ``compare``, ``simulate``, ``schemes`` and ``doctor``.
+"""The ``commkit`` command: ``probe``, ``advise``, ``compare``, ``simulate``, ``schemes`` and ``doctor``.
 
-``compare`` is a program of a source checkout's ``launch/``, to which its arguments go as they are.
+``probe`` and ``compare`` are programs of a source checkout's ``launch/``, to which their arguments go as they are.
 """
 
 from __future__ import annotations
@@ -8,22 +8,30 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .advise import Question
+from .advise import advise as take_advice
+from .advise import lines as advice_lines
 from .config import ConfigError
 from .cost.scenario import load_scenario
-from .cost.simulate import SimulationError
+from .cost.simulate import Outcome, SimulationError
 from .cost.simulate import simulate as run_scenario
 from .inventory import SchemeCard, installation, scheme_cards
+from .probe import load_probe
+from .tables import aligned
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
+_PROGRAMS = {"probe": "launch.probe", "compare": "launch.compare.__main__"}
 _USAGE = """\
 usage: commkit COMMAND ...
 
 commands:
+  probe     measure links, a model and compression; under torchrun
+  advise    which scheme a probe asks for, and what it would give
   compare   run recipes on the same emulated network and compare them
   simulate  thousands of workers on a virtual clock
   schemes   list every scheme, with the bytes that it sends and keeps
@@ -42,11 +50,47 @@ class Schemes:
 
 
 @dataclass(frozen=True)
+class Advise:
+    """Predict every scheme's step time, and recommend one, several, or none."""
+
+    probe: Path
+    """What `commkit probe` wrote."""
+    model_size: str | None = None
+    """Parameters, such as 7B; the probe's model if not given."""
+    nodes: int | None = None
+    """The probe's if not given."""
+    ranks_per_node: int | None = None
+    """The probe's if not given."""
+    link: str | None = None
+    """Nominal rate of a node, such as 1gbit; what was measured if not given."""
+    latency: str | None = None
+    """One way between nodes, such as 1ms; what was measured if not given."""
+    memory: str | None = None
+    """Of a rank, such as 80GB; what was found if not given."""
+    step_seconds: float | None = None
+    """Of compute; what was measured, in proportion to the model's size, if not given."""
+    shards: int = 1
+    """Ranks of a node that hold one replica together."""
+    bytes_per_parameter: float = 16.0
+    """That training keeps: weights, gradients, the optimizer's state."""
+    utilisation: float = 0.9
+    """Share of the time in which the model is to be computed."""
+    longest: int = 1024
+    """Steps per round of local updates at most."""
+    schemes: str = ""
+    """To choose among, with commas; all that were timed if not given."""
+    json: bool = False
+    """Print a JSON object in place of a table."""
+
+
+@dataclass(frozen=True)
 class Simulate:
     """Run a scenario's methods on a virtual clock: time, bytes, and the share of time in which workers idle."""
 
     scenario: Path
     """YAML file; see configs/scenarios/."""
+    plot: Path | None = None
+    """Draw the outcome into this file, such as out.png."""
     json: bool = False
     """Print a JSON list in place of a table."""
 
@@ -66,7 +110,14 @@ def main(words: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
-    runs = {"compare": compare, "simulate": simulate, "schemes": schemes, "doctor": doctor}
+    runs: dict[str, Callable[[Sequence[str]], int]] = {
+        "probe": lambda rest: _program("probe", rest),
+        "advise": advise,
+        "compare": lambda rest: _program("compare", rest),
+        "simulate": simulate,
+        "schemes": schemes,
+        "doctor": doctor,
+    }
     if command not in runs:
         print(f"error: unknown command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
@@ -81,28 +132,66 @@ class MissingError(Exception):
     """Something that a command needs is not installed; the message says how to get it."""
 
 
-def compare(words: Sequence[str]) -> int:
-    """Hand over to ``launch.compare`` of the checkout that commkit is installed from.
+def _program(name: str, words: Sequence[str]) -> int:
+    """Hand over to a program of the checkout that commkit is installed from.
 
     Raises:
         MissingError: there is no checkout, or an optional package is missing.
     """
     if not (_CHECKOUT / "launch" / "compare").is_dir():
         raise MissingError(
-            "commkit compare runs programs of launch/, which an installed commkit does not have; "
+            f"commkit {name} runs programs of launch/, which an installed commkit does not have; "
             "clone the repository, `pip install -e '.[train]'` there, and try again"
         )
     _tyro()
     sys.path.insert(0, str(_CHECKOUT))
     try:
-        program = importlib.import_module("launch.compare.__main__")
+        program = importlib.import_module(_PROGRAMS[name])
     except ModuleNotFoundError as error:
         raise MissingError(
-            f"commkit compare needs {error.name}, which is not installed; "
+            f"commkit {name} needs {error.name}, which is not installed; "
             "pip install 'commkit[train]'"
         ) from error
     status: int = program.main(list(words))
     return status
+
+
+def advise(words: Sequence[str]) -> int:
+    """Print what every scheme would give, and which to take.
+
+    Raises:
+        ConfigError: a file that is no probe, an unknown scheme, or nothing that fits.
+    """
+    asked = _tyro().cli(Advise, args=list(words), prog="commkit advise")
+    fields = {k: v for k, v in vars(asked).items() if k not in ("probe", "json", "schemes")}
+    chosen = [name.strip() for name in asked.schemes.split(",") if name.strip()]
+    probe = load_probe(asked.probe)
+    try:
+        question = Question(probe, schemes=chosen, **fields)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    advice = take_advice(question)
+    if asked.json:
+        rows = [
+            {**asdict(row.prediction), "kind": row.kind, "fits": row.fits} for row in advice.rows
+        ]
+        told = {"recommended": advice.recommended, "reason": advice.reason, "rows": rows}
+        print(json.dumps(told, indent=2))
+        return 0
+    print(
+        f"{question.whole.numel:,} parameters on {question.cluster.nodes} nodes, "
+        f"{question.cluster.link.bytes_per_second * question.shards * 8 / 1e6:.4g} Mbit/s of payload and "
+        f"{question.cluster.link.latency_s * 1e3:.3g} ms between them; "
+        f"{question.work.compute_s:.4g} s of compute in a step\n"
+    )
+    for line in aligned(advice_lines(advice), rights=range(2, 10)):
+        print(line)
+    print(f"\nRecommended: {advice.reason}.")
+    if len(advice.recommended) > 1:
+        print(f"As good within the error: {', '.join(advice.recommended[1:])}.")
+    return 0
 
 
 def simulate(words: Sequence[str]) -> int:
@@ -120,6 +209,8 @@ def simulate(words: Sequence[str]) -> int:
     )
     scenario = load_scenario(arguments.scenario)
     outcomes = run_scenario(scenario)
+    if arguments.plot is not None:
+        _draw(arguments.scenario.stem, outcomes, arguments.plot)
     if arguments.json:
         print(json.dumps([{**asdict(one), "goodput": one.goodput} for one in outcomes], indent=2))
         return 0
@@ -137,7 +228,7 @@ def simulate(words: Sequence[str]) -> int:
         )
         for one in outcomes
     ]
-    for line in _aligned([header, *rows], rights=range(1, len(header))):
+    for line in aligned([header, *rows], rights=range(1, len(header))):
         print(line)
     return 0
 
@@ -190,18 +281,20 @@ def _table(cards: Sequence[SchemeCard]) -> list[str]:
                 card.description.partition(": ``")[0] + paper,
             )
         )
-    return _aligned(rows, rights=(1, 2, 3))  # columns of numbers
+    return aligned(rows, rights=(1, 2, 3))  # columns of numbers
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], rights: Collection[int]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if place in rights else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+def _draw(title: str, outcomes: Sequence[Outcome], path: Path) -> None:
+    try:
+        plots = importlib.import_module("commkit.cost.plot")
+    except ModuleNotFoundError as error:
+        raise MissingError(
+            f"plots need {error.name}, which is not installed; pip install 'commkit[report]'"
+        ) from error
+    try:
+        plots.draw(title, outcomes, path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--plot {path}: {error}; give a file such as out.png") from None
 
 
 def _netlab() -> dict[str, Any]:

@@ -119,7 +119,7 @@ def read_settings(arguments: Arguments) -> TrainSettings:
     """A run's settings around the ``ds_config``, which is kept in them.
 
     Raises:
-        ValueError: an override of what the ``ds_config`` says, or something wrong in either.
+        ValueError: an override of what the ``ds_config`` says, or something wrong in either; ``--scheme``.
     """
     for override in arguments.overrides:
         name = override.partition("=")[0]
@@ -127,6 +127,10 @@ def read_settings(arguments: Arguments) -> TrainSettings:
             raise ValueError(
                 f"--set {name}: that is for {str(arguments.config)!r} to say; change it there"
             )
+    if arguments.scheme is not None:
+        raise ValueError(
+            f"--scheme {arguments.scheme}: the ds_config says what the scheme is; leave the option out"
+        )
     ds_config = load_yaml(arguments.config)
     if "scheduler" in ds_config:
         raise ValueError(

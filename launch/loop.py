@@ -1,7 +1,8 @@
 """The training loop: an ordinary DDP loop, timed, recorded and resumable."""
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,6 +26,7 @@ from commkit.sharded import PartitionedOptimizer
 from commkit.types import Comm
 from launch import sharding
 from launch.attachment import Attachment
+from launch.expectation import Expectation
 from launch.interface import InterfaceMeter
 from launch.progress import Progress, RandomState
 from launch.rundir import RunDirectory
@@ -40,6 +42,7 @@ class Trainer:
 
     ``sharded`` is for checkpoints of local updates whose replicas are sharded.
     ``after_backward`` is called as soon as a synchronised backward pass has returned.
+    ``expectation`` is of a scheme that was chosen by prediction.
     """
 
     settings: TrainSettings
@@ -53,6 +56,7 @@ class Trainer:
     sharded: ShardedReplicas | None = None
     after_backward: Callable[[], None] | None = None
     meter: InterfaceMeter | None = None
+    expectation: Expectation | None = None
     sinks: list[MetricsSink] = field(default_factory=list)
     validation_sinks: list[MetricsSink] = field(default_factory=list)
 
@@ -93,6 +97,7 @@ class Trainer:
                 record = self.step(batches)
                 for sink in self.sinks:
                     sink.write(finite(record))
+                self.compare_with_prediction(record)
                 validation = self.evaluate_when_due(self.settings.eval.every)
                 self.save_when_due()
                 bar.update()
@@ -101,6 +106,13 @@ class Trainer:
             self.local_updates.finish()
             validation = None
         return self.evaluate() if validation is None else validation
+
+    def compare_with_prediction(self, record: Mapping[str, Any]) -> None:
+        """Where the scheme was chosen by prediction: say once whether its first steps take what was predicted."""
+        if self.expectation is not None and self.rank == 0:
+            verdict = self.expectation.see(record["step"], record["step_seconds"])
+            if verdict is not None:
+                tqdm.write(verdict, file=sys.stderr)
 
     def step(self, batches: Iterator[Tensor]) -> dict[str, Any]:
         """One optimizer step; returns its line of ``metrics.jsonl``."""

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: find `launch`
 
@@ -23,10 +23,11 @@ import tyro
 from torch.nn.parallel import DistributedDataParallel
 
 from commkit import ShardedReplicas
-from commkit.config import apply_overrides, load_yaml, validate
+from commkit.config import ConfigError, apply_overrides, load_yaml, validate
 from commkit.outer import OuterScheme, OuterSync
 from commkit.schemes import make_scheme
-from launch import asynchronous, baselines, coordinated, sharding
+from launch import asynchronous, auto, baselines, coordinated, sharding
+from launch.expectation import Expectation
 from launch.gpt import count_parameters
 from launch.interface import InterfaceMeter, meter_from_environment
 from launch.loop import Trainer
@@ -60,6 +61,11 @@ class Arguments:
     """Where to write; runs/NAME for configs/NAME.yaml if not given."""
     resume: bool = False
     """Continue the run in --out from its newest complete checkpoint."""
+    scheme: Literal["auto"] | None = None
+    """Which scheme, in place of the recipe's: "auto" is what a probe asks for; see `commkit advise`. A resumed run keeps the
+    one that was chosen."""
+    probe: Path | None = None
+    """For --scheme auto: what `commkit probe` wrote with this model and as many ranks; none: a short one is made."""
 
 
 class SetupError(Exception):
@@ -77,6 +83,7 @@ class Job:
     device: torch.device
     task: Task = field(repr=False)
     meter: InterfaceMeter | None = None
+    expectation: Expectation | None = None  # of the scheme that was chosen for it
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -87,6 +94,8 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=words)
     try:
         job = prepare(arguments)
+        if arguments.scheme == auto.AUTO and _saved_scheme(arguments) is None:
+            choose(job, arguments.probe)
         role = role_of(job)
         trainer = set_up(job) if role is None else None
     except SetupError as error:
@@ -128,7 +137,36 @@ def read_settings(arguments: Arguments) -> TrainSettings:
     if arguments.steps is not None:
         overrides.append(f"steps={arguments.steps}")
     data = apply_overrides(load_yaml(arguments.config), overrides)
+    if arguments.scheme == auto.AUTO:
+        data["scheme"] = _saved_scheme(arguments) or {"name": "ddp"}  # until it is chosen
+    elif arguments.probe is not None:
+        raise ConfigError("--probe: given without --scheme auto; leave it out, or let it choose")
     return validate(TrainSettings, data, str(arguments.config))
+
+
+def _saved_scheme(arguments: Arguments) -> dict[str, Any] | None:
+    """What was chosen for the run that is resumed, if any."""
+    run = RunDirectory(arguments.out or Path("runs") / arguments.config.stem)
+    if not arguments.resume or not run.config.is_file():
+        return None
+    scheme: dict[str, Any] = load_yaml(run.config)["scheme"]
+    return scheme
+
+
+def choose(job: Job, file: Path | None) -> None:
+    """Give the job the scheme that a probe asks for. Collective.
+
+    Raises:
+        SetupError: the probe cannot be used, or nothing fits.
+    """
+    settings, world = job.settings, job.world
+    if sharding.is_sharded(settings):
+        raise SetupError("--scheme auto: chooses for replicas that are whole; set fsdp.shards to 0")
+    try:
+        world.join(job.device)
+        job.settings, job.expectation = auto.pick(settings, job.task, world, job.device, file)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise SetupError(str(error)) from error
 
 
 def check_same_run(run: RunDirectory, settings: TrainSettings) -> None:
@@ -178,6 +216,7 @@ def set_up(job: Job) -> Trainer:
         else None,
         after_backward=getattr(handle, "backward_ended", None),
         meter=job.meter,
+        expectation=job.expectation,
     )
     begin(trainer, job.resume)
     return trainer
@@ -274,6 +313,7 @@ def facts(trainer: Trainer, validation: Mapping[str, float]) -> Mapping[str, Any
         "data": trainer.task.describe(),
         **validation,
         "wall_seconds": trainer.progress.seconds,
+        **({"auto": trainer.expectation.facts()} if trainer.expectation else {}),
         "versions": software(),
     }
 

@@ -48,7 +48,9 @@ class World:
         return torch.device("cuda", self.local_rank)
 
     def join(self, device: torch.device) -> None:
-        """Start the process group: NCCL for CUDA, gloo for CPU."""
+        """Start the process group, unless that is done: NCCL for CUDA, gloo for CPU."""
+        if dist.is_initialized():
+            return
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 # Of a full 1514-byte Ethernet frame, what TCP over IPv4 with time stamps leaves to its user.
@@ -46,6 +47,9 @@ class Cluster:
         backend: whose algorithms count: "gloo" scatters with an all-reduce's traffic.
         compresses_beside: compression runs beside the model's own work (a GPU's side stream). False: it takes the
             processors that the model computes on, as on CPUs.
+        send_cpu_s_per_byte: seconds of compute that a byte takes away which a rank sends; 0 where processors are spare.
+        factors: by collective, how many times its algorithm's latency and transfer it takes in practice; 1 and 1 of
+            those that are not named.
 
     Raises:
         ValueError: a count below 1.
@@ -57,6 +61,8 @@ class Cluster:
     local: Link
     backend: Literal["gloo", "nccl"] = "gloo"
     compresses_beside: bool = False
+    send_cpu_s_per_byte: float = 0.0
+    factors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in (("nodes", self.nodes), ("ranks_per_node", self.ranks_per_node)):

@@ -1,6 +1,6 @@
 """How long a collective takes on a cluster, by the algorithm that carries it.
 
-gloo's: rings for all-reduce, all-gather and (with an all-reduce's traffic) reduce-scatter, pairwise rounds for
+gloo's: rings for all-reduce, all-gather and (with an all-reduce's traffic) reduce-scatter, all messages at once for
 all-to-all, a binomial tree for broadcast. Ranks of a node are neighbours in the ring, so that a ring crosses a node's
 link once; where every rank has a peer elsewhere, all of them share it.
 """
@@ -8,7 +8,7 @@ link once; where every rank has a peer elsewhere, all of them share it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..sim.mirror import Op
 from .cluster import Cluster, Link
@@ -49,6 +49,12 @@ def hops(op: Op, scope: str, payload: float, cluster: Cluster) -> Hops:
     Raises:
         ValueError: a scope that no cluster has.
     """
+    found = _of_algorithm(op, scope, payload, cluster)
+    latency, transfer = cluster.factors.get(op, (1.0, 1.0))
+    return replace(found, messages=latency * found.messages, link_bytes=transfer * found.link_bytes)
+
+
+def _of_algorithm(op: Op, scope: str, payload: float, cluster: Cluster) -> Hops:
     if scope not in ("", "intra", "inter"):
         raise ValueError(f"scope={scope!r} must be '', 'intra' or 'inter'")
     per_node = cluster.ranks_per_node
@@ -72,7 +78,7 @@ def hops(op: Op, scope: str, payload: float, cluster: Cluster) -> Hops:
         sent = (ranks - 1) * payload
         return Hops(ranks - 1, sent * rings, sent, link)
     if op == "all_to_all":
-        return Hops(ranks - 1, share * payload * leaving, share * payload, link)
+        return Hops(1, share * payload * leaving, share * payload, link)
     if op == "broadcast":
         depth = math.ceil(math.log2(ranks))
         return Hops(depth, depth * payload * rings, share * payload, link)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +14,7 @@ from ..outer import OuterScheme
 from ..reducer import Reducer
 from ..schemes import make_scheme
 from ..sim.mirror import MirrorComm, gradients_like
-from .run import MEASURED_WITH, run_rounds, run_steps
+from .run import MEASURED_WITH, run_rounds, run_steps, timed
 
 SIDE, MATRICES = 512, 8  # two million elements: past the caches, as gradients are
 _WORLDS = (2, 8)
@@ -39,34 +38,58 @@ class Pace:
         return numel * (self.alone + self.each * world_size)
 
 
-def pace_of(name: str, knobs: Mapping[str, Any] | None = None) -> Pace:
+def pace_of(
+    name: str,
+    knobs: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> Pace:
     """Timed now, with the threads that torch has; the best of a few.
 
     Args:
-        name: a scheme for gradients or an optimizer that communicates, or one for local updates, of which a
-            round is timed less the steps.
+        name: a scheme for gradients; an optimizer that communicates, less the step of the one whose place it takes; or
+            a scheme for local updates, of which a round is timed less the steps.
+        device: of the gradients; None is the CPU.
     """
-    return _timed(name, tuple(sorted((knobs or {}).items())), torch.get_num_threads())
+    told = tuple(sorted((knobs or {}).items()))
+    return _timed(name, told, str(device or "cpu"), torch.get_num_threads())
 
 
 @lru_cache(maxsize=256)
-def _timed(name: str, knobs: tuple[tuple[str, Any], ...], threads: int) -> Pace:
+def _timed(name: str, knobs: tuple[tuple[str, Any], ...], device: str, threads: int) -> Pace:
     numel = MATRICES * SIDE * SIDE
-    low, high = (_best(name, {**MEASURED_WITH.get(name, {}), **dict(knobs)}, w) for w in _WORLDS)
+    given = {**MEASURED_WITH.get(name, {}), **dict(knobs)}
+    low, high = (_best(name, given, device, w) for w in _WORLDS)
     each = max(high - low, 0.0) / (_WORLDS[1] - _WORLDS[0])
     return Pace(max(low - each * _WORLDS[0], 0.0) / numel, each / numel)
 
 
-def _best(name: str, knobs: Mapping[str, Any], world_size: int) -> float:
+def _best(name: str, knobs: Mapping[str, Any], device: str, world_size: int) -> float:
     made = make_scheme(name, knobs)
     if isinstance(made, OuterScheme):
-        return min(_round(name, knobs, world_size) for _ in range(_REPEATS - 1))
+        return min(_round(name, knobs, device, world_size) for _ in range(_REPEATS - 1))
     shapes = {str(i): torch.Size((SIDE, SIDE)) for i in range(MATRICES)}
-    gradients = gradients_like(shapes, seed=0)
-    return min(
+    gradients = {name: g.to(device) for name, g in gradients_like(shapes, seed=0).items()}
+    seconds = min(
         run_steps(_gradient_scheme(name, knobs), gradients, MirrorComm(world_size)).seconds
         for _ in range(_REPEATS)
     )
+    if isinstance(made, OptimizerScheme):  # it takes the place of another one
+        seconds = max(seconds - _plain_step(made.like, gradients), 0.0)
+    return seconds
+
+
+def _plain_step(like: str, gradients: Mapping[str, torch.Tensor]) -> float:
+    """Of torch's own optimizer."""
+    weights = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients.values()]
+    for weight, g in zip(weights, gradients.values(), strict=True):
+        weight.grad = g
+    optimizer = (
+        torch.optim.SGD(weights, lr=1e-3, momentum=0.9)
+        if like == "sgd"
+        else torch.optim.AdamW(weights, lr=1e-3, fused=True)
+    )
+    optimizer.step()  # makes its state
+    return min(timed(optimizer.step, weights[0].device) for _ in range(_REPEATS))
 
 
 def _gradient_scheme(name: str, knobs: Mapping[str, Any]) -> Reducer | OptimizerScheme:
@@ -75,15 +98,17 @@ def _gradient_scheme(name: str, knobs: Mapping[str, Any]) -> Reducer | Optimizer
     return made
 
 
-def _round(name: str, knobs: Mapping[str, Any], world_size: int) -> float:
+def _round(name: str, knobs: Mapping[str, Any], device: str, world_size: int) -> float:
     """Of a round's own arithmetic: less the optimizer's steps."""
-    layers = (torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES))
+    layers = (torch.nn.Linear(SIDE, SIDE, bias=False, device=device) for _ in range(MATRICES))
     model = torch.nn.Sequential(*layers)
     made = make_scheme(name, {**knobs, "sync_every": _STEPS_OF_ROUND})
     assert isinstance(made, OuterScheme)
     ran = run_rounds(made, model, MirrorComm(world_size))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    start = time.perf_counter()
-    for _ in range(_STEPS_OF_ROUND):
-        optimizer.step()
-    return max(ran.seconds - (time.perf_counter() - start), 0.0)
+
+    def steps() -> None:
+        for _ in range(_STEPS_OF_ROUND):
+            optimizer.step()
+
+    return max(ran.seconds - timed(steps, torch.device(device)), 0.0)

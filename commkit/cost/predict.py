@@ -119,12 +119,13 @@ def predict(
     sent = law.sent(work.shapes, cluster.world_size)
     costs = [(one, hops(one.op, one.scope, one.payload, cluster)) for one in sent]
     arithmetic = pace.seconds(work.shapes.numel, cluster.world_size)
+    sending = cluster.send_cpu_s_per_byte * sum(h.wire_bytes for _, h in costs)
 
     def step(slower: float) -> float:
         """Seconds, with transfers that take so many times what they should."""
         if plan is None:
-            return _every_step(law, work, cluster, costs, arithmetic, slower)
-        return _local(work, cluster, plan, costs, arithmetic, slower)
+            return _every_step(law, work, cluster, costs, arithmetic, sending, slower)
+        return _local(work, cluster, plan, costs, arithmetic, sending, slower)
 
     every = 1 if plan is None else plan.sync_every
     middle = step(1.0)
@@ -163,6 +164,7 @@ def _every_step(
     cluster: Cluster,
     costs: Sequence[tuple[Sent, Hops]],
     arithmetic: float,
+    sending: float,
     slower: float,
 ) -> float:
     """Buckets become ready while backward runs, and are reduced one after another."""
@@ -174,9 +176,10 @@ def _every_step(
     for share in shares:
         ready += share * backward
         done = max(ready, done) + share * (transfer + arithmetic) + latency
-        if not cluster.compresses_beside:  # what follows of backward waits for the processor
+        ready += share * sending  # what follows of backward waits for the processor
+        if not cluster.compresses_beside:
             ready += share * arithmetic
-    return max(done, work.compute_s)
+    return max(done, work.compute_s + sending)
 
 
 def bucket_shares(size: float) -> list[float]:
@@ -193,11 +196,13 @@ def _local(
     plan: Round,
     costs: Sequence[tuple[Sent, Hops]],
     arithmetic: float,
+    sending: float,
     slower: float,
 ) -> float:
     """Each part of a round hides behind the steps of its delay; all together take at least their transfers' time."""
     seconds = slower * _seconds(costs)
-    alone = work.compute_s * plan.sync_every
+    blocking = all(delay == 0 for _, delay in plan.parts)  # nobody computes meanwhile
+    alone = work.compute_s * plan.sync_every + (0.0 if blocking else sending)
     computing = alone if cluster.compresses_beside else alone + arithmetic
     beside = seconds + (arithmetic if cluster.compresses_beside else 0.0)
     exposed = sum(max(0.0, share * beside - delay * work.compute_s) for share, delay in plan.parts)

@@ -52,7 +52,8 @@ class Ran:
 
 def run_steps(made: Reducer | OptimizerScheme, gradients: Mapping[str, Tensor], comm: Comm) -> Ran:
     """Reduce ``gradients``, by parameter name, and step an optimizer that communicates."""
-    weights = {name: nn.Parameter(torch.zeros(g.shape)) for name, g in gradients.items()}
+    device = next(iter(gradients.values())).device
+    weights = {name: nn.Parameter(torch.zeros_like(g)) for name, g in gradients.items()}
     optimizer = made(list(weights.values()), lr=1e-3) if isinstance(made, OptimizerScheme) else None
     reducer = optimizer.reducer if optimizer is not None else made
     assert isinstance(reducer, Reducer)
@@ -60,7 +61,7 @@ def run_steps(made: Reducer | OptimizerScheme, gradients: Mapping[str, Tensor], 
         optimizer.bind(weights, comm)
         optimizer.set_up()
     for _ in range(STEPS):
-        mark = _Mark(comm)
+        mark = _Mark(comm, device)
         reduced = reducer.reduce({name: g.clone() for name, g in gradients.items()}, comm)
         for name, x in reduced.items():
             weights[name].grad = x
@@ -87,13 +88,13 @@ def run_rounds(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(comm.rank)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device)
     with made(model, optimizer, comm) as outer:
         if look is not None:
             look(outer)
         for _ in range(STEPS):
             outer.state_dict()  # waits for what is in flight
-            mark = _Mark(comm)
+            mark = _Mark(comm, next(model.parameters()).device)
             for _ in range(outer.sync_every):
                 # Some methods evaluate a batch again.
                 optimizer.step(lambda: 0.0)
@@ -111,7 +112,7 @@ def run_sharded(made: ShardedScheme, side: int, gathers: int, comm: Comm) -> Ran
     codec, exchange = made.gathering(shapes), made.scattering(shapes, comm)
     assert codec is not None
     assert exchange is not None
-    mark = _Mark(comm)
+    mark = _Mark(comm, row.device)
     for _ in range(gathers):
         gather_into(out, row, segments, codec, comm, step=0)
     exchange.mean_into(row, torch.randn(out.shape), segments, step=0)
@@ -121,8 +122,9 @@ def run_sharded(made: ShardedScheme, side: int, gathers: int, comm: Comm) -> Ran
 class _Mark:
     """Where a step begins."""
 
-    def __init__(self, comm: Comm) -> None:
-        self._comm = comm
+    def __init__(self, comm: Comm, device: torch.device) -> None:
+        settle(device)
+        self._comm, self._device = comm, device
         self._before = comm.bytes.copy()
         self._calls: list[Call] = comm.calls if isinstance(comm, MirrorComm) else []
         self._first = len(self._calls)
@@ -130,6 +132,7 @@ class _Mark:
 
     def ended(self, kept: list[Tensor]) -> Ran:
         """Up to now; ``kept`` is the state."""
+        settle(self._device)
         now, then = self._comm.bytes, self._before
         return Ran(
             now.payload_bytes - then.payload_bytes,
@@ -139,3 +142,18 @@ class _Mark:
             time.perf_counter() - self._start - (now.seconds - then.seconds),
             tuple(self._calls[self._first :]),
         )
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of ``work``, its kernels on a GPU included."""
+    settle(device)
+    start = time.perf_counter()
+    work()
+    settle(device)
+    return time.perf_counter() - start
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,22 @@ def test_nothing_is_exposed_on_an_endless_link_and_all_of_it_on_a_slow_one():
     assert fast.step_s == pytest.approx(1.0, rel=1e-3)
     assert slow.exposed_s == pytest.approx(slow.sync_s, rel=0.01)
     assert slow.low_s < slow.step_s < slow.high_s
+
+
+def test_factors_are_of_their_collective_alone():
+    slow = replace(of_nodes(4), factors={"all_reduce": (3.0, 2.0)})
+    plain, found = (hops("all_reduce", "", 1e6, cluster) for cluster in (of_nodes(4), slow))
+    assert found.messages == 3 * plain.messages
+    assert found.link_bytes == 2 * plain.link_bytes
+    assert found.wire_bytes == plain.wire_bytes  # what is counted stays
+    assert hops("all_gather", "", 1e6, slow) == hops("all_gather", "", 1e6, of_nodes(4))
+
+
+def test_sending_takes_the_processor_where_none_is_spare():
+    work, endless = Workload(lab_shapes(), 1.0), of_nodes(4, Link(1e15, 0.0))
+    busy = replace(endless, send_cpu_s_per_byte=1e-9)
+    found = predict(law_of("ddp"), FREE, work, busy)
+    assert found.step_s == pytest.approx(1.0 + 1e-9 * found.wire_bytes, rel=1e-3)
 
 
 def test_the_smallest_round_reaches_the_utilisation_and_half_of_it_does_not():
@@ -247,3 +264,16 @@ def test_simulate_prints_a_table(tmp_path, capsys):
     header, row = capsys.readouterr().out.splitlines()
     assert header.split()[0] == "scheme"
     assert row.split()[0] == "ddp"
+
+
+def test_simulate_draws_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "{nodes: 4, model_size: 10M, rounds: 5, compute: {seconds: 1}, methods: [{scheme: ddp}]}"
+    )
+    picture = tmp_path / "s.png"
+    assert cli.main(["simulate", str(file), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["simulate", str(file), "--plot", str(tmp_path / "s.nothing")]) == 2
+    assert "give a file such as out.png" in capsys.readouterr().err
