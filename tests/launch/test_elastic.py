@@ -48,7 +48,7 @@ def _run(
         "checkpoint__every": "4",
     } | settings
     process = launcher.spawn([*words, *launcher.settings(**settings)], 1)
-    told, _ = process.communicate(timeout=100)
+    told, _ = process.communicate(timeout=110)
     return process.returncode, told
 
 
@@ -72,7 +72,11 @@ def test_a_run_goes_on_without_its_first_worker(launcher: Any, tmp_path: Path) -
 
 
 def test_too_few_workers_save_and_a_later_run_goes_on(launcher: Any, tmp_path: Path) -> None:
-    settings = {"steps": str(STEPS), "scheme.sync_every": "4"}
+    settings = {
+        "steps": str(STEPS),
+        "scheme.sync_every": "4",
+        "scheme.options.warmup_steps": "0",
+    }
     code, told = _run(
         launcher, tmp_path, "diloco", 2, lost="1", elastic__min_workers="2", **settings
     )
