@@ -80,7 +80,8 @@ def test_too_few_workers_save_and_a_later_run_goes_on(launcher: Any, tmp_path: P
     code, told = _run(
         launcher, tmp_path, "diloco", 2, lost="1", elastic__min_workers="2", **settings
     )
-    assert code == 3, told
+    assert code, told
+    assert "worker 0 ended with 3" in told
     assert "fewer than min_workers=2" in told
     saved = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert saved[-1] == "step_000008"  # where the round was due that did not take place
