@@ -5,7 +5,7 @@
 For schemes that reduce at every step and for the methods with local updates that :class:`commkit.Elastic` serves. Data goes
 on with the shares of those who are left. The loss in the records is that of rank 0's share, as the mean would be one more
 thing to do together; when rank 0 is lost, the next one writes them. Below ``min_workers`` the others save a checkpoint and
-end with status 3; ``--resume`` goes on from it.
+end with status 3 each; ``--resume`` goes on from it.
 """
 
 from __future__ import annotations
