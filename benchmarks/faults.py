@@ -1,92 +1,27 @@
-"""How soon training goes on after a worker is lost.
+"""How soon training goes on after a worker is lost, and what else goes wrong without harm.
 
-    python benchmarks/faults.py [--workers 3 4 6] [--repeats 5] [--json FILE]
+    python benchmarks/faults.py [--workers 3 4 6] [--repeats 5] [--json FILE]    after a kill, after a stop
+    python benchmarks/faults.py --figures                                        the table F1 to F20 besides
+    python benchmarks/faults.py --soak 20                                        minutes of random kills and starts besides
 
-Real processes on this machine; one of them is killed, or stopped, as the others enter an all-reduce of 4 MB. They say
-when they knew, and when they had the outcome of the same step among those who are left.
+Real processes on this machine, over gloo.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import harness  # noqa: F401  (puts the repository on sys.path)
-import torch
+from fault_figures import figures
+from losses import lose
 from report import Result, Target, main
-from torch import nn
-
-import commkit
-from commkit import Elastic, ElasticOptions
-from commkit.membership import Place
-from tests.membership.crew import Crew
+from soak import soak
 
 KNOWN_S, REDONE_S = 0.1, 1.0  # targets after a kill
-_STEPS, _AT, _LOST = 12, 6, 1
-
-
-def on_worker(
-    place: Place,
-    tell: Callable[[Any], None],
-    numel: int,
-    number: int,
-    limit_s: float,
-    last_words: str,
-) -> dict[str, Any]:
-    model = nn.Linear(numel // 64, 64, bias=False)
-    known = redone = 0.0
-    seconds: list[float] = []
-    right = True
-    options = ElasticOptions(min_workers=2, heartbeat_s=min(0.5, limit_s / 4), limit_s=limit_s)
-    with Elastic(options, place) as members:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        commkit.attach(model, "ddp", optimizer, members=members)
-        for step in members.steps(_STEPS, model=model, optimizer=optimizer):
-            with step:
-                model.weight.grad = torch.full_like(model.weight, place.rank)
-                if (step.number, place.rank) == (_AT, _LOST):
-                    Path(last_words).write_text(str(time.time()))
-                    os.kill(os.getpid(), number)
-                start = time.perf_counter()
-                try:
-                    optimizer.step()
-                except RuntimeError:
-                    known = time.time()
-                    raise
-                seconds.append(time.perf_counter() - start)
-                if step.number == _AT:
-                    redone = time.time()
-                    left = [r for r in range(place.world_size) if r != _LOST]
-                    mean = torch.full_like(model.weight, sum(left) / len(left))
-                    right = torch.allclose(model.weight.grad, mean)
-    return {"known": known, "redone": redone, "step": statistics.median(seconds), "right": right}
-
-
-def lose(size: int, numel: int, number: signal.Signals, limit_s: float) -> dict[str, float]:
-    """Seconds from the loss until the last worker knew, and until the last had the outcome of the step.
-
-    Raises:
-        RuntimeError: the outcome is wrong.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        last_words = Path(folder, "time")
-        with Crew(on_worker, size, numel, number, limit_s, str(last_words)) as crew:
-            told = crew.finish(*(rank for rank in range(size) if rank != _LOST))
-        lost = float(last_words.read_text())
-    if not all(each["right"] for each in told):
-        raise RuntimeError("a mean is wrong after the loss")
-    return {
-        "all know": max(each["known"] for each in told) - lost,
-        "step redone": max(each["redone"] for each in told) - lost,
-        "a step": statistics.median(each["step"] for each in told),
-    }
+GAP_S = 60.0  # the longest time without a step of a soak
 
 
 def measure(options: argparse.Namespace) -> Result:
@@ -94,6 +29,22 @@ def measure(options: argparse.Namespace) -> Result:
     result = Result(
         "faults", {"numel": options.numel, "repeats": repeats, "limit_s": options.limit_s}
     )
+    rows = measure_losses(result, options, sizes, repeats)
+    if options.figures:
+        result.tables["F1 to F20"] = figures(rows)
+    if options.soak:
+        told = soak(options.soak)
+        result.tables[f"soak of {options.soak:g} minutes"] = [told]
+        longest = told["longest time without a step, s"]
+        result.targets.append(
+            Target.at_most("soak: longest time without a step, s", GAP_S, longest)
+        )
+    return result
+
+
+def measure_losses(
+    result: Result, options: argparse.Namespace, sizes: list[int], repeats: int
+) -> list[dict[str, Any]]:
     title = "seconds after the loss, median and worst of the repeats"
     rows = result.tables[title] = []
     for number in (signal.SIGKILL, signal.SIGSTOP):
@@ -113,7 +64,7 @@ def measure(options: argparse.Namespace) -> Result:
             "stop: all know, s", options.limit_s + 1, max(r["all know"] for r in stopped)
         ),
     ]
-    return result
+    return rows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +74,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit-s", type=float, default=5.0, help="when a stopped worker is left out"
     )
+    parser.add_argument("--figures", action="store_true", help="F1 to F20")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", default=0.0)
 
 
 if __name__ == "__main__":

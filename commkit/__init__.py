@@ -4,6 +4,7 @@ from . import checkpoint, membership, optim, outer, schemes, sharded
 from .adapters.at_step import StepHandle
 from .adapters.attach import attach
 from .adapters.ddp import Handle, ddp_comm_hook, ddp_hook
+from .adapters.debug import Debug
 from .adapters.fsdp2 import ShardedHandle
 from .adapters.local_updates import ShardedReplicas
 from .config import ConfigError
@@ -13,10 +14,12 @@ from .outer import DiLoCo, LocalSGD, RoundAborted, SyncOptions
 from .policy import Policy
 from .reducer import Reducer
 from .runtime.alarm import RankFailure
+from .runtime.replica_check import ReplicasDiffer, check_replicas
 from .version import __version__
 
 __all__ = [
     "ConfigError",
+    "Debug",
     "DiLoCo",
     "Elastic",
     "ElasticOptions",
@@ -25,6 +28,7 @@ __all__ = [
     "Policy",
     "RankFailure",
     "Reducer",
+    "ReplicasDiffer",
     "RoundAborted",
     "ShardedHandle",
     "ShardedReplicas",
@@ -33,6 +37,7 @@ __all__ = [
     "SyncOptions",
     "__version__",
     "attach",
+    "check_replicas",
     "checkpoint",
     "ddp_comm_hook",
     "ddp_hook",

@@ -7,19 +7,23 @@ are the residuals of nodes, as the mean over the nodes.
 
 Sharded models are saved by all ranks together, each its shards, and so are the residuals of shards; loaded over
 another mesh, both are cut anew, and residuals averaged over the replicas first.
+
+A checkpoint is there when it is complete, and until then the one that it replaces is. Its files are verified by SHA-256
+before anything of them is read, and nothing in them is run: tensors are loaded with ``weights_only``, and metadata may
+hold metadata only.
 """
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -28,6 +32,10 @@ from torch.optim import Optimizer
 
 from .comm import DistComm
 from .reducer import Reducer
+from .runtime import checkpoint_files as files
+from .runtime.checkpoint_files import CheckpointError as CheckpointError
+from .runtime.pending_save import PendingSave as PendingSave
+from .runtime.plain_metadata import PlainReader
 from .runtime.redealing import merge
 from .runtime.shards import local, sharded_like
 from .sharded.partition import LAYOUT, PartitionState
@@ -35,12 +43,9 @@ from .sharded.state import PLACE, Place, ShardedState, place_of
 from .structure import flatten, unflatten
 from .types import Resizable, StateDict, Stateful
 
+T = TypeVar("T")
 SchemeState: TypeAlias = Reducer | ShardedState | PartitionState
 _REDUCER, _REPLICATED, _PER_RANK = "reducer", "replicated", "per_rank"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete, or not what the caller asked for."""
 
 
 def save(
@@ -52,38 +57,130 @@ def save(
     comm: DistComm,
 ) -> None:
     """Write a checkpoint. Collective over ``comm``; the directory appears only when it is complete, and
-    takes the place of one of the same name.
+    takes the place of one of the same name, which is there until then.
 
     Args:
-        directory: where; its parents are created.
+        directory: where, seen by all ranks; its parents are created.
         replicated: what is equal on all ranks (model, optimizer, progress); saved once.
         per_rank: what every rank has its own of (random-number state).
         reducer: the scheme's residuals and other state, at a step's end.
         comm: all ranks of the job.
+
+    Raises:
+        CheckpointError: on every rank, if one could not write; or what an earlier :func:`save_async` over ``comm`` met.
     """
-    directory = Path(directory)
-    partial = directory.with_name(directory.name + ".partial")
-    # On every rank and first: a method with rounds in flight waits for them here, until when a reducer is at work.
+    _finish_earlier(comm)
+    _write(Path(directory), lambda: _state_of(replicated, per_rank, reducer, comm.rank), comm)
+
+
+def save_async(
+    directory: str | Path,
+    *,
+    replicated: Mapping[str, Stateful],
+    per_rank: Mapping[str, Stateful],
+    reducer: SchemeState,
+    comm: DistComm,
+) -> PendingSave:
+    """As :func:`save`, but training goes on while files are written, of a copy of everything that is made now (in host
+    memory; of shards, where they are). Collective over ``comm``; the first call makes a group for the writing
+    thread, gloo over the same ranks.
+
+    One at a time: the next :func:`save` or :func:`save_async` over ``comm`` waits for this one and raises what it met.
+    Ask the last one for its :meth:`~PendingSave.result` before ``destroy_process_group()``.
+    """
+    _finish_earlier(comm)
+
+    def snapshot() -> dict[str, Any]:
+        state = _state_of(replicated, per_rank, reducer, comm.rank)
+        return {key: _copied(x) for key, x in state.items()}
+
+    writers = comm.apart("checkpoint", "gloo")
+    copies = _together(comm, snapshot)
+    pending = PendingSave(lambda: _write(Path(directory), lambda: copies, writers))
+    _earlier[comm] = pending
+    return pending
+
+
+_earlier: WeakKeyDictionary[DistComm, PendingSave] = WeakKeyDictionary()
+
+
+def _finish_earlier(comm: DistComm) -> None:
+    pending = _earlier.pop(comm, None)
+    if pending is not None:
+        pending.result()
+
+
+def _state_of(
+    replicated: Mapping[str, Stateful],
+    per_rank: Mapping[str, Stateful],
+    reducer: SchemeState,
+    rank: int,
+) -> dict[str, Any]:
+    """What ``rank`` saves, by its key in the checkpoint."""
+    # First: a method with rounds in flight waits for them here, until when a reducer is at work.
     common = {key: shared_state_of(item) for key, item in replicated.items()}
     own = {key: item.state_dict() for key, item in per_rank.items()}
     apart = {
         key: local(x) for key, x in flatten(own).items()
     }  # replicas differ: each rank its shards
-    state = _prefixed(f"{_PER_RANK}/{_rank(comm.rank)}/", apart)
-    state |= _prefixed(f"{_REDUCER}/{_rank(comm.rank)}/", reducer.state_dict())
+    state = _prefixed(f"{_PER_RANK}/{_rank(rank)}/", apart)
+    state |= _prefixed(f"{_REDUCER}/{_rank(rank)}/", reducer.state_dict())
     together = flatten(common)
-    if comm.rank != 0:  # shards are everybody's to save
+    if rank != 0:  # shards are everybody's to save
         together = {key: x for key, x in together.items() if isinstance(x, DTensor)}
-    state |= _prefixed(f"{_REPLICATED}/", together)
-    if comm.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    comm.barrier()
-    dcp_save(state, checkpoint_id=partial, process_group=comm.group)
-    if comm.rank == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-    comm.barrier()
+    return state | _prefixed(f"{_REPLICATED}/", together)
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().clone() if isinstance(x, DTensor) else x.detach().to("cpu", copy=True)
+
+
+def _write(directory: Path, state_of: Callable[[], dict[str, Any]], writers: DistComm) -> None:
+    """Collective over ``writers``."""
+    rank = writers.rank
+
+    def begin() -> dict[str, Any]:
+        state = state_of()
+        if rank == 0:
+            files.begin(directory)
+        return state
+
+    state, partial = _together(writers, begin), files.partial_of(directory)
+    try:
+        dcp_save(state, checkpoint_id=partial, process_group=writers.group)
+    except CheckpointException as error:  # which is no Exception, and has the stacks of all ranks
+        causes = "; ".join(f"rank {r}: {cause[0]!r}" for r, cause in error.failures.items())
+        raise CheckpointError(f"{str(directory)!r} could not be written: {causes}") from error
+    mine = _together(writers, lambda: files.sums_of(partial, files.written_by(partial, rank)))
+    sums = {
+        name: each for of_rank in writers.all_gather_object(mine) for name, each in of_rank.items()
+    }
+    _together(writers, lambda: files.put_in_place(directory, sums) if rank == 0 else None)
+
+
+def _together(comm: DistComm, action: Callable[[], T]) -> T:
+    """What ``action`` returns, when it has succeeded on all ranks of ``comm``. Collective.
+
+    Raises:
+        Exception: what it raised here.
+        CheckpointError: what it raised on another rank.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    told = comm.all_gather_object(
+        None if failure is None else f"{type(failure).__name__}: {failure}"
+    )
+    if isinstance(failure, OSError):
+        raise CheckpointError(f"rank {comm.rank}: {type(failure).__name__}: {failure}") from failure
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(told):
+        if message is not None:
+            raise CheckpointError(f"rank {rank}: {message}")
+    return cast(T, result)
 
 
 def shared_state_of(item: Stateful) -> dict[str, Any]:
@@ -101,18 +198,22 @@ def load(
     reducer: SchemeState,
     comm: DistComm,
     on_resize: Literal["mean", "error"] = "mean",
+    verify: bool = True,
 ) -> None:
     """Restore everything in place from a checkpoint of :func:`save`. Collective over ``comm``.
 
     Args:
         on_resize: what to do when it was saved by another number of ranks: "mean" starts every rank from
             the mean residual and leaves ``per_rank`` items alone; "error" raises.
+        verify: compare all files with the checksums they were written with, before any is read; ranks share the work.
 
     Raises:
-        CheckpointError: nothing there, or another world size with ``on_resize="error"``.
+        CheckpointError: nothing there, a damaged file (named, on every rank), or another world size with
+            ``on_resize="error"``.
     """
-    directory = Path(directory)
-    metadata = _metadata(directory)
+    _finish_earlier(comm)
+    directory = files.standing(Path(directory))
+    metadata = _metadata(directory, comm, verify)
     saved_by = _world_size(metadata)
     places = _places(directory, metadata, saved_by)
     same = saved_by == comm.world_size and _fits(directory, metadata, places, reducer)
@@ -139,10 +240,7 @@ def load(
 
 def latest(directory: str | Path) -> Path | None:
     """The last complete checkpoint among the sub-directories of ``directory``, by name; None if none."""
-    complete = [
-        m.parent for m in Path(directory).glob("*/.metadata") if m.parent.suffix != ".partial"
-    ]
-    return max(complete, default=None, key=lambda path: path.name)
+    return max(files.complete(Path(directory)), default=None, key=lambda path: path.name)
 
 
 def _dealt_anew(
@@ -268,18 +366,30 @@ def _read(
     if state:
         with warnings.catch_warnings():  # it says that it is not distributed, as asked
             warnings.filterwarnings("ignore", message=".*intent is to load in a single process")
-            dcp_load(state, checkpoint_id=directory, no_dist=True)
+            try:
+                dcp_load(state, storage_reader=PlainReader(directory), no_dist=True)
+            except CheckpointException as error:
+                causes = "; ".join(repr(cause[0]) for cause in error.failures.values())
+                raise CheckpointError(f"{str(directory)!r} cannot be read: {causes}") from error
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def _metadata(directory: Path) -> Metadata:
-    try:
-        return FileSystemReader(directory).read_metadata()
-    except OSError as error:
-        raise CheckpointError(
-            f"no complete checkpoint at {str(directory)!r}; give a directory written by "
-            "commkit.checkpoint.save"
-        ) from error
+def _metadata(directory: Path, comm: DistComm, verify: bool) -> Metadata:
+    """Ranks that share the work verify the files first, if they are to. Collective."""
+
+    def found() -> None:
+        if not (directory / files.METADATA).exists():
+            raise CheckpointError(
+                f"no complete checkpoint at {str(directory)!r}; give a directory written by "
+                "commkit.checkpoint.save"
+            )
+
+    def verified() -> None:
+        found()
+        files.verify(directory, comm.rank, comm.world_size)
+
+    _together(comm, verified if verify else found)
+    return PlainReader(directory).read_metadata()
 
 
 def _world_size(metadata: Metadata) -> int:

@@ -6,6 +6,7 @@ Each call counts the bytes that it sends and the time that it takes.
 from __future__ import annotations
 
 import functools
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -207,9 +208,19 @@ class DistComm:
 
     @_collective
     def all_gather_object(self, obj: Any) -> list[Any]:
-        gathered: list[Any] = [None] * self._world_size
-        dist.all_gather_object(gathered, obj, group=self.group)
-        return gathered
+        # Not torch's collective of this name, which unpickles whatever comes: a peer could have it run anything.
+        device = torch.device("cpu")
+        if dist.get_backend(self.group) == "nccl":
+            device = torch.device("cuda", torch.cuda.current_device())
+        own = _packed(obj).to(device)
+        sizes = own.new_empty(self._world_size, dtype=torch.int64)
+        _all_gather_single(sizes, torch.tensor([own.numel()], device=device), group=self.group)
+        row = own.new_zeros(int(sizes.max()))
+        row[: own.numel()] = own
+        rows = row.new_empty(self._world_size * row.numel())
+        _all_gather_single(rows, row, group=self.group)
+        parts = rows.cpu().view(self._world_size, -1)
+        return [_unpacked(part[:size]) for part, size in zip(parts, sizes.tolist(), strict=True)]
 
     @_collective
     def barrier(self) -> None:
@@ -225,6 +236,15 @@ class DistComm:
             self._parts[label, own] = self.joined(group, label)
         return self._parts[label, own]
 
+    def apart(self, label: str, backend: str | None = None) -> DistComm:
+        """A comm over a group of the same ranks for another thread, made once per ``label`` and counted apart. Collective
+        the first time; ``backend``: None is this group's."""
+        key = f"apart/{label}", tuple(range(self._world_size))
+        if key not in self._parts:
+            made = new_group_like(self.group, self._timeout_s, backend=backend)
+            self._parts[key] = DistComm(made, self._timeout_s)
+        return self._parts[key]
+
     @contextmanager
     def _counted(self, op: str, payload_bytes: int, wire_bytes: int) -> Iterator[None]:
         """Around a collective: its bytes, its time, and its range in a profile. One that fails is not counted."""
@@ -233,6 +253,16 @@ class DistComm:
             yield
         seconds = time.perf_counter() - start
         self._bytes.add(self._label + op, payload_bytes, wire_bytes, seconds)
+
+
+def _packed(obj: Any) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _unpacked(data: Tensor) -> Any:
+    return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
 
 
 def part_of(groups: Sequence[Sequence[int]], rank: int, world_size: int) -> tuple[int, ...]:
@@ -262,17 +292,20 @@ def require_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def new_group_like(
-    group: dist.ProcessGroup, timeout_s: float | None, ranks: Sequence[int] | None = None
+    group: dist.ProcessGroup,
+    timeout_s: float | None,
+    ranks: Sequence[int] | None = None,
+    backend: str | None = None,
 ) -> dist.ProcessGroup:
-    """A private group of the same backend over the same ranks, or over those of ``group``'s ranks.
-    Collective over its members alone, not over WORLD."""
+    """A private group, of the same backend unless another is given, over the same ranks, or over those of
+    ``group``'s ranks. Collective over its members alone, not over WORLD."""
     members = dist.get_process_group_ranks(group)
 
     def make() -> dist.ProcessGroup:
         created = dist.new_group(
             ranks=members if ranks is None else [members[rank] for rank in ranks],
             timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
-            backend=dist.get_backend(group),
+            backend=dist.get_backend(group) if backend is None else backend,
             use_local_synchronization=True,
         )
         assert isinstance(created, torch.distributed.ProcessGroup)

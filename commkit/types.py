@@ -377,7 +377,8 @@ class Comm(Protocol):
         """
 
     def all_gather_object(self, obj: Any) -> list[Any]:
-        """Small picklable objects of all ranks, in rank order. For set-up, not for the hot path."""
+        """Small objects of all ranks, in rank order: nested dicts, lists and tuples of numbers, text and tensors. For set-up,
+        not for the hot path."""
 
     def barrier(self) -> None: ...
 

@@ -207,20 +207,24 @@ def attach(
     optimizer: Optimizer,
     scheme: Mapping[str, Any],
     mesh: DeviceMesh | None = None,
+    debug: commkit.Debug | None = None,
+    members: commkit.Elastic | None = None,
 ) -> Attachment:
     """Reduce the model's gradients as ``scheme`` says, by commkit or by one of torch's hooks; ``mesh`` is that of a
-    sharded model with replicas.
+    sharded model with replicas; ``debug`` and ``members`` are those of :func:`commkit.attach`.
 
     Raises:
         ConfigError: unknown name or field, or a value out of range.
         TypeError, RuntimeError, ValueError: as :func:`commkit.attach`.
     """
     if isinstance(optimizer, commkit.optim.CommOptimizer):
-        return commkit.attach(model, optimizer, mesh=mesh)
+        return commkit.attach(model, optimizer, mesh=mesh, debug=debug, members=members)
     if isinstance(optimizer, PartitionedOptimizer):
-        return commkit.attach(model, optimizer)
+        return commkit.attach(model, optimizer, debug=debug)
     if not is_baseline(scheme):
-        return commkit.attach(model, scheme, optimizer, mesh=mesh)
+        return commkit.attach(model, scheme, optimizer, mesh=mesh, debug=debug, members=members)
+    if debug not in (None, commkit.Debug()):
+        raise ValueError(f"debug is for commkit's schemes, not for {scheme['name']}; leave it out")
     assert isinstance(model, DistributedDataParallel)
     recipe, knobs = _resolve(scheme)
     handle = Baseline(model)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import commkit
 from commkit import ShardedReplicas
+from commkit.checkpoint import PendingSave
 from commkit.metrics import MetricsSink, finite
 from commkit.outer import AdLoCo, DFedSAM, OuterSync
 from commkit.sharded import PartitionedOptimizer
@@ -64,6 +65,7 @@ class Trainer:
         self.progress = Progress(self.loader, self.task.digest)
         self.random_state = RandomState(self.device)
         self.time_is_up = False  # on all ranks alike
+        self.pending_save: PendingSave | None = None
 
     @property
     def comm(self) -> Comm:
@@ -194,10 +196,18 @@ class Trainer:
                 if is_last and self.after_backward:
                     self.after_backward()
             total += loss.detach()
-        clips_itself = isinstance(self.optimizer, PartitionedOptimizer)
-        if self.settings.optim.grad_clip > 0 and not clips_itself:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optim.grad_clip)
+        if not self.clips_in_step:
+            self.clip()
         return total
+
+    @property
+    def clips_in_step(self) -> bool:
+        """Whether gradients are clipped when the optimizer steps, and not before."""
+        return isinstance(self.optimizer, PartitionedOptimizer)
+
+    def clip(self) -> None:
+        if self.settings.optim.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optim.grad_clip)
 
     @property
     def micro_batches(self) -> int:
@@ -270,9 +280,24 @@ class Trainer:
         """Checkpoint at every multiple of ``checkpoint.every`` and at the last step."""
         step, every = self.progress.step, self.settings.checkpoint.every
         if self.ended or (every and step % every == 0):
-            commkit.checkpoint.save(self.run.checkpoint(step), **self.checkpoint_contents())
-            if self.rank == 0:
-                self.run.prune_checkpoints()
+            self.finish_save()
+            checkpoint, contents = self.run.checkpoint(step), self.checkpoint_contents()
+            if self.settings.checkpoint.asynchronous and not self.ended:
+                self.pending_save = commkit.checkpoint.save_async(checkpoint, **contents)
+                return
+            commkit.checkpoint.save(checkpoint, **contents)
+            self.prune()
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is being written."""
+        if self.pending_save is not None:
+            self.pending_save.result()
+            self.pending_save = None
+            self.prune()
+
+    def prune(self) -> None:
+        if self.rank == 0:
+            self.run.prune_checkpoints()
 
     def load(self) -> None:
         """Continue from the newest complete checkpoint of the run, or from the start."""

@@ -27,6 +27,7 @@ import yaml
 
 import commkit
 from commkit.metrics import RunSummary, finite, summary
+from commkit.runtime import checkpoint_files
 
 # Bytes, rounds and seconds are those of this step on rank 0. The loss is the mean over the ranks in
 # nats per byte or image, before the update. Tokens are counted over all ranks since the run began.
@@ -72,7 +73,7 @@ class RunDirectory:
 
     def complete_checkpoints(self) -> list[Path]:
         """Directories of finished checkpoints, oldest first."""
-        complete = [path for path in self.checkpoints.glob("step_*") if path.suffix != ".partial"]
+        complete = checkpoint_files.named(self.checkpoints.glob("step_*"))
         return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
 
     def refuse_to_overwrite(self) -> None:
@@ -119,9 +120,10 @@ class RunDirectory:
 
     def prune_checkpoints(self) -> None:
         """Remove all but the newest checkpoints, and what a killed run left unfinished."""
-        unfinished = self.checkpoints.glob("*.partial")
-        for path in [*unfinished, *self.complete_checkpoints()[:-KEPT_CHECKPOINTS]]:
+        for path in self.checkpoints.glob("*.partial"):
             shutil.rmtree(path)
+        for path in self.complete_checkpoints()[:-KEPT_CHECKPOINTS]:
+            checkpoint_files.remove(path)
 
     def write_summary(self, facts: Mapping[str, Any]) -> RunSummary:
         """Write ``summary.json``: ``facts`` and what the per-step records add up to, which is returned."""

@@ -97,6 +97,7 @@ class BatchSettings(Section):
 
 class CheckpointSettings(Section):
     every: NonNegativeInt = 25  # steps; 0 saves at the end only
+    asynchronous: bool = False  # training goes on while one is written, at a copy of the state
     # At --resume with another number of ranks: all start from the mean residual, or refuse.
     on_world_size_change: Literal["mean", "error"] = "mean"
 
@@ -107,6 +108,25 @@ class EvalSettings(Section):
     every: NonNegativeInt = 0  # steps; 0 evaluates at the end only
     batches: PositiveInt = 16
     batch_size: PositiveInt = 16
+
+
+class DebugSettings(Section):
+    """What to check while training; see :class:`commkit.Debug`."""
+
+    check_replicas_every: NonNegativeInt = 0  # steps; 0 is never
+    wire_checksums: bool = False
+
+
+class ElasticSettings(Section):
+    """Workers that may be lost and joined by others, under ``python -m launch.members``; the fields of
+    :class:`commkit.ElasticOptions` that runs differ in."""
+
+    min_workers: PositiveInt = 1  # with fewer, the run saves and stops
+    heartbeat_s: PositiveFloat = 0.5
+    limit_s: PositiveFloat = 5.0  # without a sign of life, after which a worker is left out
+    start_s: PositiveFloat = 300.0  # how long to wait for all at the start
+    grace_s: NonNegativeFloat = 0.0  # how long too few wait for others
+    step_limit_s: PositiveFloat | None = None
 
 
 class DDPSettings(Section):
@@ -152,6 +172,8 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 is autocast; weights stay float32
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
+    debug: DebugSettings = DebugSettings()
+    elastic: ElasticSettings | None = None  # see :mod:`launch.elastic`
     ddp: DDPSettings = DDPSettings()
     fsdp: FSDPSettings = FSDPSettings()
     # Sinks of records besides metrics.jsonl; see :mod:`launch.sinks`.
@@ -223,8 +245,10 @@ RESUMABLE_CHANGES = frozenset(
         "max_seconds",
         "batch",
         "checkpoint",
+        "debug",
         "eval",
         "ddp",
+        "elastic",
         "fsdp",
         "device",
         "tensorboard",

@@ -22,11 +22,12 @@ import torch.distributed as dist
 import tyro
 from torch.nn.parallel import DistributedDataParallel
 
+import commkit
 from commkit import ShardedReplicas
 from commkit.config import ConfigError, apply_overrides, load_yaml, validate
 from commkit.outer import OuterScheme, OuterSync
 from commkit.schemes import make_scheme
-from launch import asynchronous, auto, baselines, coordinated, sharding
+from launch import asynchronous, auto, baselines, coordinated, elastic, sharding
 from launch.expectation import Expectation
 from launch.gpt import count_parameters
 from launch.interface import InterfaceMeter, meter_from_environment
@@ -96,7 +97,7 @@ def main(words: Sequence[str] | None = None) -> None:
         job = prepare(arguments)
         if arguments.scheme == auto.AUTO and _saved_scheme(arguments) is None:
             choose(job, arguments.probe)
-        role = role_of(job)
+        role = elastic_run(job) if job.settings.elastic else role_of(job)
         trainer = set_up(job) if role is None else None
     except SetupError as error:
         refuse(error)
@@ -115,10 +116,11 @@ def prepare(
     try:
         settings = (read or read_settings)(arguments)
         baselines.check(settings.scheme, arguments.resume)
+        elastic.check(settings)
         run = RunDirectory(arguments.out or Path("runs") / arguments.config.stem)
         if arguments.resume:
             check_same_run(run, settings)
-        else:
+        elif settings.elastic is None or world.rank == 0:  # who joins a run finds its checkpoints
             run.refuse_to_overwrite()
         require_packages(settings)
         if world.rank == 0:
@@ -162,6 +164,11 @@ def choose(job: Job, file: Path | None) -> None:
     settings, world = job.settings, job.world
     if sharding.is_sharded(settings):
         raise SetupError("--scheme auto: chooses for replicas that are whole; set fsdp.shards to 0")
+    if settings.elastic:
+        raise SetupError(
+            "--scheme auto: probes ranks that stay, and elastic workers may not; run `commkit advise` first and name "
+            "the scheme"
+        )
     try:
         world.join(job.device)
         job.settings, job.expectation = auto.pick(settings, job.task, world, job.device, file)
@@ -192,6 +199,7 @@ def set_up(job: Job) -> Trainer:
     torch.manual_seed(settings.seed + world.rank)  # dropout: different masks on each rank
     world.join(device)
     model = job.task.build().to(device)
+    debug = commkit.Debug(**settings.debug.model_dump())
     try:
         wrapped, mesh = model, None
         if sharding.is_sharded(settings):
@@ -199,7 +207,7 @@ def set_up(job: Job) -> Trainer:
         else:
             wrapped = wrap(model, settings, device)
         optimizer = make_optimizer(model, settings, mesh)
-        handle = baselines.attach(wrapped, optimizer, settings.scheme, mesh)
+        handle = baselines.attach(wrapped, optimizer, settings.scheme, mesh, debug)
     except (ValueError, TypeError, RuntimeError) as error:
         raise SetupError(str(error)) from error
     trainer = Trainer(
@@ -244,6 +252,24 @@ def begin(trainer: Trainer, resume: bool) -> None:
     print(describe(trainer), flush=True)
 
 
+def elastic_run(job: Job) -> Callable[[], None]:
+    """The run with workers that may be lost."""
+    try:
+        members = elastic.join(job)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+
+    def run() -> None:
+        with members:
+            try:
+                trainer = elastic.set_up(job, members)
+            except (ValueError, TypeError, RuntimeError) as error:
+                refuse(SetupError(str(error)))
+            elastic.train(trainer)
+
+    return run
+
+
 def role_of(job: Job) -> Callable[[], None] | None:
     """What this rank has to do in a recipe whose ranks have roles; None if it has none."""
     try:
@@ -253,6 +279,16 @@ def role_of(job: Job) -> Callable[[], None] | None:
         )
         if scheme is None and not has_coordinator:
             return None
+        for name in (
+            "checkpoint.asynchronous",
+            "debug.check_replicas_every",
+            "debug.wire_checksums",
+        ):
+            section, _, key = name.partition(".")
+            if getattr(getattr(job.settings, section), key):
+                raise ValueError(
+                    f"{name} is not for schemes whose ranks have roles, such as {job.settings.scheme['name']!r}; leave it out"
+                )
         if job.settings.max_seconds is not None:
             raise ValueError(
                 f"max_seconds={job.settings.max_seconds:g}: a scheme whose ranks have roles, such as "

@@ -29,7 +29,8 @@ from ..runtime.agreement import (
 )
 from ..runtime.meter import StepMeter
 from ..runtime.redealing import dealt_again, for_everybody
-from ..types import StateDict
+from ..runtime.wire_checksums import CheckedComm
+from ..types import Comm, StateDict
 from .agreement import agree_to_attach, fingerprint
 from .kept import KeepsState
 from .loss_scale import write_back
@@ -47,11 +48,13 @@ class StepHandle(KeepsState[Reducer]):
         group: dist.ProcessGroup,
         timeout_s: float,
         members: Elastic | None = None,
+        wire_checksums: bool = False,
     ) -> None:
         self.reducer = reducer
         self._parameters = parameters
         self._timeout_s = timeout_s
         self._members = members
+        self._wire_checksums = wire_checksums
         self._last_step = StepStats()
         self.comm = DistComm(group)
         if members is None:  # which call rebuild() when the loop begins
@@ -63,7 +66,8 @@ class StepHandle(KeepsState[Reducer]):
     def _connect(self, group: dist.ProcessGroup) -> None:
         """Reduce over ``group`` from now on. Collective."""
         self.comm = DistComm(group)
-        self._private_comm = DistComm(new_group_like(group, self._timeout_s), self._timeout_s)
+        private = DistComm(new_group_like(group, self._timeout_s), self._timeout_s)
+        self._private_comm: Comm = CheckedComm(private) if self._wire_checksums else private
         if self._members is not None:
             dealt_again(self.reducer, self._parameters, self.comm)
         self.reducer.prepare(self._parameters, self._private_comm)
@@ -149,8 +153,9 @@ def attach_at_step(
     timeout_s: float,
     members: Elastic | None = None,
     stepped: Callable[[], dict[str, nn.Parameter]] | None = None,
+    wire_checksums: bool = False,
 ) -> StepHandle:
-    """See :func:`commkit.attach`. ``stepped`` finds what the optimizer steps by parameter name, where that is not
+    """See :func:`commkit.attach` and :class:`commkit.Debug`. ``stepped`` finds what the optimizer steps by parameter name, where that is not
     the model's parameters."""
     group = require_group(process_group)
 
@@ -176,6 +181,6 @@ def attach_at_step(
                 "a hierarchical scheme counts on full nodes, which a lost worker leaves behind; with members, use the "
                 "scheme without hierarchical"
             )
-    handle = StepHandle(reducer, found, optimizer, group, timeout_s, members)
+    handle = StepHandle(reducer, found, optimizer, group, timeout_s, members, wire_checksums)
     mark_attached(model)
     return handle

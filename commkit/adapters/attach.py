@@ -21,6 +21,7 @@ from ..schemes import Scheme, make_reducer, make_scheme
 from ..sharded import PartitionedOptimizer, ShardedScheme
 from .at_step import StepHandle, attach_at_step
 from .ddp import Handle, attach_ddp
+from .debug import Debug, follow
 from .fsdp1 import FSDP1Handle, attach_fsdp1
 from .fsdp2 import ShardedHandle, attach_fsdp2, replicas_of
 from .loss_scale import GradScaler
@@ -37,6 +38,7 @@ def attach(
     grad_scaler: GradScaler | None = None,
     timeout_s: float = 1800.0,
     members: Elastic | None = None,
+    debug: Debug | None = None,
     **knobs: Any,
 ) -> "Handle | StepHandle | ShardedHandle | FSDP1Handle | PartitionHandle | OuterSync":
     """Reduce a model's gradients with ``scheme`` from now on, or synchronise its weights if ``scheme`` trains
@@ -61,6 +63,7 @@ def attach(
         timeout_s: seconds after which a stuck reduction raises on all ranks.
         members: workers that may be lost and joined by others; the attachment follows them. For plain modules, without
             process_group. Not collective then: workers agree when their loop begins, and again when others join.
+        debug: what to check while training; see :class:`Debug`. None checks nothing that costs time.
         knobs: fields of the scheme, e.g. ``rank=4``.
 
     Raises:
@@ -76,8 +79,31 @@ def attach(
     Returns:
         A handle; for schemes with local updates the method itself, started: ``close()`` ends it.
     """
+    debug = Debug() if debug is None else debug
+    debug.refuse_sharded(model)
     if isinstance(scheme, PartitionedOptimizer):
         return attach_partition(model, scheme)
+    check = debug.watch(scheme if isinstance(scheme, Optimizer) else optimizer)
+    handle = _attach(
+        model, scheme, optimizer, process_group, mesh, grad_scaler, timeout_s, members, debug, knobs
+    )
+    if check is not None:
+        follow(check, model, handle)
+    return handle
+
+
+def _attach(
+    model: nn.Module,
+    scheme: "Scheme | ShardedScheme | Optimizer",
+    optimizer: Optimizer | None,
+    process_group: dist.ProcessGroup | None,
+    mesh: DeviceMesh | None,
+    grad_scaler: GradScaler | None,
+    timeout_s: float,
+    members: Elastic | None,
+    debug: Debug,
+    knobs: dict[str, Any],
+) -> "Handle | StepHandle | ShardedHandle | FSDP1Handle | OuterSync":
     owner = _communicating(scheme)
     if isinstance(scheme, Optimizer):
         optimizer, scheme = scheme, _reducer_of(scheme, owner, optimizer)
@@ -88,7 +114,7 @@ def attach(
     if isinstance(made, OuterScheme):
         if mesh is not None:
             process_group = replicas_of(model, mesh)
-        return _start(made, model, optimizer, process_group, members)
+        return _start(made, model, optimizer, process_group, members, debug)
 
     def make() -> Reducer:
         reducer = made if isinstance(made, Reducer) else make_reducer(scheme, knobs)  # type: ignore[arg-type]
@@ -109,11 +135,17 @@ def attach(
     if isinstance(model, DistributedDataParallel):
         if process_group is not None and process_group is not model.process_group:
             raise TypeError("process_group is DDP's own; leave it out")
-        return attach_ddp(model, make, grad_scaler, timeout_s)
+        return attach_ddp(model, make, grad_scaler, timeout_s, debug.wire_checksums)
     _check_plain(model, optimizer, grad_scaler)
     assert optimizer is not None
     return attach_at_step(
-        model, make, optimizer if owner is None else owner, process_group, timeout_s, members
+        model,
+        make,
+        optimizer if owner is None else owner,
+        process_group,
+        timeout_s,
+        members,
+        wire_checksums=debug.wire_checksums,
     )
 
 
@@ -198,6 +230,7 @@ def _start(
     optimizer: Optimizer | None,
     process_group: dist.ProcessGroup | None,
     members: Elastic | None,
+    debug: Debug,
 ) -> OuterSync:
     """The method at work; a model that it cannot take is refused on every rank."""
     if optimizer is None:
@@ -206,6 +239,7 @@ def _start(
         )
     try:
         method = scheme(model, optimizer, process_group)
+        method.wire_checksums = debug.wire_checksums
         if members is not None:
             follow_members(method, members)
     except Exception as error:

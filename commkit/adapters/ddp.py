@@ -20,9 +20,10 @@ from ..reducer import Reducer
 from ..runtime.agreement import mark_attached, trainable_parameters, wrapped_in_ddp
 from ..runtime.alarm import Alarm
 from ..runtime.meter import StepMeter
+from ..runtime.wire_checksums import CheckedComm
 from ..runtime.worker import ReductionWorker
 from ..schemes import Scheme, make_reducer
-from ..types import StateDict
+from ..types import Comm, StateDict
 from .agreement import agree_to_attach
 from .loss_scale import GradScaler, scale_of, unscaled, write_back
 
@@ -49,6 +50,7 @@ class Handle:
         may_skip_parameters: bool,
         timeout_s: float,
         grad_scaler: GradScaler | None = None,
+        wire_checksums: bool = False,
     ) -> None:
         global _attachments
         _attachments += 1
@@ -56,7 +58,8 @@ class Handle:
         self.comm = DistComm(group)
         self._names = names
         self._may_skip_parameters = may_skip_parameters
-        self._private_comm = DistComm(new_group_like(group, timeout_s), timeout_s)
+        private = DistComm(new_group_like(group, timeout_s), timeout_s)
+        self._private_comm: Comm = CheckedComm(private) if wire_checksums else private
         like = {name: p for p, name in names.items()}  # type: ignore[no-untyped-call]
         reducer.prepare(like, self._private_comm)
         self._worker = ReductionWorker(Alarm(group, str(_attachments)), timeout_s, device)
@@ -186,8 +189,9 @@ def attach_ddp(
     make: Callable[[], Reducer],
     grad_scaler: GradScaler | None,
     timeout_s: float,
+    wire_checksums: bool = False,
 ) -> Handle:
-    """See :func:`commkit.attach`."""
+    """See :func:`commkit.attach` and :class:`commkit.Debug`."""
     handle = _handle(
         model,
         make,
@@ -195,6 +199,7 @@ def attach_ddp(
         grad_scaler,
         timeout_s,
         _may_skip_parameters(model),
+        wire_checksums=wire_checksums,
     )
     model.register_comm_hook(handle, ddp_hook)
     mark_attached(model)
@@ -248,6 +253,7 @@ def _handle(
     timeout_s: float,
     may_skip_parameters: bool,
     sole_hook: bool = True,
+    wire_checksums: bool = False,
 ) -> Handle:
     group = require_group(process_group)
     inner = module.module if isinstance(module, DistributedDataParallel) else module
@@ -258,7 +264,9 @@ def _handle(
     for name, parameter in parameters.items():
         names[parameter] = name
     device = next(iter(parameters.values())).device
-    return Handle(reducer, names, group, device, may_skip_parameters, timeout_s, grad_scaler)
+    return Handle(
+        reducer, names, group, device, may_skip_parameters, timeout_s, grad_scaler, wire_checksums
+    )
 
 
 def _reduced_parameters(

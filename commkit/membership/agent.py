@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch._C._distributed_c10d import Store
 
 from ..connections import ConnectionsCut, Wiring
-from .errors import MembershipError, StoreLost, TrainingStopped, WorkerEvicted
+from .errors import JoinRefused, MembershipError, StoreLost, TrainingStopped, WorkerEvicted
 from .member import Member
 from .records import View
 
@@ -113,10 +113,15 @@ class Agent:
             raise StoreLost(
                 f"the store that workers agree through is lost ({self._lost}); start the job again from a checkpoint"
             )
+        if member.refused:
+            raise JoinRefused(
+                f"worker {member.worker} may not take part: the log has records that it would not have sealed so, as "
+                f"{member.refused}"
+            )
         if member.view.stop:
             raise TrainingStopped(
-                f"training stopped after {member.view.step} steps: {member.view.stop}; save what is at hand, and "
-                "start again with enough workers"
+                f"training stopped after {member.view.step} steps: {member.view.stop}; save what is at hand (see "
+                "Elastic.remaining), and start again with enough workers"
             )
         if member.has_left:
             reason = member.ledger.left[member.worker]
@@ -152,7 +157,7 @@ class Agent:
         have = self._store.compare_set(f"log/{position}", "", text).decode()
         with self._changed:
             more = self._member.answer(position, have, time.monotonic())
-            if more:
+            if more or self._member.refused:
                 self._changed.notify_all()
             self._cut_if_over()
         if more:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from .member import Member
 from .options import ElasticOptions
 from .place import Place
 from .records import View
+from .seal import Seal
 
 _STORE_PATIENCE = 4  # times limit_s
 _NEWS_S = 1.0  # how long an error waits for the news that explains it
@@ -133,7 +135,8 @@ class Elastic(Session):
         self._store = store.clone()  # type: ignore[attr-defined]
         self._hosts = place.hosts
         self._worker = f"{place.rank}-{secrets.token_hex(4)}"
-        member = Member(self._worker, self.options, place.world_size, place.rank, time.monotonic())
+        now, seal = time.monotonic(), Seal(place.secret, place.job)
+        member = Member(self._worker, self.options, place.world_size, place.rank, now, seal)
         self._agent = Agent(member, store)
         while not self._formed:
             view = self._await_epoch()
@@ -153,6 +156,34 @@ class Elastic(Session):
         connections.use(None)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def remaining(self, timeout_s: float = 60.0) -> DistComm:
+        """After :class:`TrainingStopped`: collectives of the workers that are left with the training state, for a last
+        checkpoint. Collective over them; their default group from now on.
+
+        Args:
+            timeout_s: how long to wait for each other. It is what is left of patience: a loss is not survived any more.
+
+        Raises:
+            MembershipError: this worker has no state, or training has not stopped.
+        """
+        view = self.agent.ask(lambda m: m.view)
+        if not view.stop or self._worker not in view.sources:
+            raise MembershipError(
+                f"worker {self._worker} is none of those that can save what they have: {view.sources or 'nobody'}"
+            )
+        connections.use(None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        own = self._epoch_store = EpochStore(self._store, lambda: None)
+        dist.init_process_group(
+            "gloo",
+            store=PrefixStore(f"stopped/{view.epoch}", own),
+            rank=view.sources.index(self._worker),
+            world_size=len(view.sources),
+            timeout=timedelta(seconds=timeout_s),
+        )
+        return DistComm(require_group(None))
 
     def add(self, attached: Attached) -> None:
         """From now on ``attached`` follows the group; called by ``attach``.

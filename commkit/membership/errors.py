@@ -11,7 +11,12 @@ class WorkerEvicted(MembershipError):
 
 
 class TrainingStopped(MembershipError):
-    """Training cannot go on anywhere; the state at hand is that of the last step that all have made."""
+    """Training cannot go on anywhere; the state at hand is that of the last step that all have made. To save it, see
+    :meth:`commkit.Elastic.remaining`."""
+
+
+class JoinRefused(MembershipError):
+    """This worker has not the secret that the others share."""
 
 
 class StoreLost(MembershipError):

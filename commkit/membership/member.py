@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from .ledger import Ledger
 from .options import ElasticOptions
 from .records import Alarm, Join, Leave, Ready, Record, View, decode, encode
+from .seal import ForgedRecordError, Seal
 
 
 class Member:
@@ -30,22 +31,34 @@ class Member:
         world_size: workers to wait for at the start.
         place: of this worker among those who start together.
         now: the time.
+        seal: of all workers, so that nobody else writes to the log.
 
     Attributes:
         ledger: what the log says, as far as it is read.
         committed: the last step that is real here.
         prepared: the last step whose outcome is here.
         has_state: whether this worker has the training state.
+        refused: why this worker does not belong to those who write to the log; empty if it does.
+        forged: records that others wrote who do not belong to them. They have no effect.
     """
 
     def __init__(
-        self, worker: str, options: ElasticOptions, world_size: int, place: int, now: float
+        self,
+        worker: str,
+        options: ElasticOptions,
+        world_size: int,
+        place: int,
+        now: float,
+        seal: Seal | None = None,
     ) -> None:
         self.worker = worker
         self.options = options
         self.world_size = world_size
         self.ledger = Ledger()
         self.committed = self.prepared = 0
+        self.refused = ""
+        self.forged = 0
+        self._seal = Seal() if seal is None else seal
         self.has_state = False
         self._place = place
         self._position = 0
@@ -63,14 +76,20 @@ class Member:
     def request(self, now: float) -> tuple[int, str]:
         """The next place of the log, and what to append there; empty: nothing, the place is only read."""
         wish = self._wish(now)
-        return self._position, "" if wish is None else encode(wish)
+        if wish is None:
+            return self._position, ""
+        return self._position, self._seal.close(self._position, encode(wish))
 
     def answer(self, position: int, text: str, now: float) -> bool:
         """What the log has at ``position``; empty: nothing yet. Answers may come twice. True: there may be more."""
-        if position != self._position or not text:
+        if position != self._position or not text or self.refused:
             return False
+        try:
+            record = decode(self._seal.open(position, text))
+        except ForgedRecordError as error:
+            return self._pass_over(str(error))
         self._position += 1
-        record, before = decode(text), self.ledger.view
+        before = self.ledger.view
         alarmed = self.ledger.alarm is not None
         self.ledger.apply(record)
         if isinstance(record, Join):
@@ -79,6 +98,15 @@ class Member:
             self._enter(self.ledger.view, now)
         elif not alarmed and self.ledger.alarm is not None:
             self._began = now
+        return True
+
+    def _pass_over(self, reason: str) -> bool:
+        """A record that was not sealed as this worker would: of a stranger, or this worker is the stranger."""
+        if not self.ledger.knows(self.worker):
+            self.refused = reason
+            return False
+        self.forged += 1
+        self._position += 1
         return True
 
     def heard(self, beats: Mapping[str, int], now: float) -> None:
@@ -186,7 +214,7 @@ class Member:
 
     def _wish(self, now: float) -> Record | None:
         ledger = self.ledger
-        if self.has_left or ledger.view.stop:
+        if self.has_left or ledger.view.stop or self.refused:
             return None
         if self._leaving is not None:
             return Leave(self.worker, self._leaving)
@@ -258,7 +286,7 @@ class Member:
             return View(view.epoch + 1, members, sources or members[:1], step)
         if now - self._began <= self.options.grace_s:
             return None
-        return View(view.epoch + 1, (), (), step, stop=refusal)
+        return View(view.epoch + 1, (), sources, step, stop=refusal)
 
     def _refusal(self, members: tuple[str, ...], sources: tuple[str, ...], step: int) -> str:
         """Why these workers cannot go on; empty if they can."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from .seal import secret_of
 
 STORE = "COMMKIT_STORE"
 
@@ -22,6 +24,7 @@ class Place:
         port: of the store.
         hosts: whether this process is to host the store itself: if it ends, nobody can go on.
         job: tells runs that use the same store apart.
+        secret: that all workers share, at least 16 bytes; who has another, or none, is refused. Not shown.
     """
 
     rank: int
@@ -30,17 +33,19 @@ class Place:
     port: int
     hosts: bool
     job: str
+    secret: bytes | None = field(default=None, repr=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Place:
         """RANK, WORLD_SIZE, and the store: COMMKIT_STORE=host:port if a launcher hosts one, else MASTER_ADDR and
-        MASTER_PORT, where rank 0 hosts it unless torchrun's agent does.
+        MASTER_PORT, where rank 0 hosts it unless torchrun's agent does. COMMKIT_SECRET_FILE (or COMMKIT_SECRET): the secret.
 
         Raises:
             ValueError: a variable is missing or not a number.
         """
         given = os.environ if environment is None else environment
         rank, world_size = _number(given, "RANK"), _number(given, "WORLD_SIZE")
+        secret = secret_of(given)
         job = (
             f"{given.get('TORCHELASTIC_RUN_ID', '')}/{given.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         )
@@ -48,7 +53,7 @@ class Place:
             host, _, port = given[STORE].rpartition(":")
             if not host or not port.isdigit():
                 raise ValueError(f"{STORE}={given[STORE]!r} must be host:port")
-            return cls(rank, world_size, host, int(port), False, job)
+            return cls(rank, world_size, host, int(port), False, job, secret)
         agent = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if "MASTER_ADDR" not in given:
             raise ValueError(
@@ -56,7 +61,13 @@ class Place:
             )
         port_number = _number(given, "MASTER_PORT")
         return cls(
-            rank, world_size, given["MASTER_ADDR"], port_number, rank == 0 and not agent, job
+            rank,
+            world_size,
+            given["MASTER_ADDR"],
+            port_number,
+            rank == 0 and not agent,
+            job,
+            secret,
         )
 
     def store(self, timeout_s: float) -> Store:

@@ -53,7 +53,7 @@ class View:
         members: workers.
         sources: those of them that have the training state; the first gives it to the others.
         step: a member that has the outcome of this step makes it real, and gives up what comes after it.
-        stop: why training cannot go on; there are no members then.
+        stop: why training cannot go on; there are no members then, and ``sources`` have what can be saved.
     """
 
     epoch: int

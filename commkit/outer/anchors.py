@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .replica import Replica, digest
+from ..runtime.replica_check import digest
+from .replica import Replica
 
 OuterOptimizer: TypeAlias = Callable[[list[Tensor]], Optimizer]
 """Builds a torch optimizer over the anchors it is given, for example ``lambda anchors: torch.optim.SGD(anchors,

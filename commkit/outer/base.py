@@ -34,13 +34,14 @@ from ..runtime.alarm import Alarm, NoAlarm, RankFailure
 from ..runtime.meter import StepMeter
 from ..runtime.redealing import dealt_again
 from ..runtime.shards import local
+from ..runtime.wire_checksums import CheckedComm
 from ..runtime.worker import ReductionWorker
 from ..types import SHARED, Comm
 from .anchors import Anchors, OuterOptimizer
 from .buffers import BufferAverage
 from .options import SyncOptions
 from .replica import Replica
-from .transfer import Transfer
+from .transfer import Settle, Transfer
 from .units import Unit
 
 Ranks: TypeAlias = "dist.ProcessGroup | Comm | None"
@@ -85,6 +86,7 @@ class OuterSync:
         comm: collectives for the training thread.
         reducer: the scheme at work.
         members: set before it starts: ranks may be lost and joined by others.
+        wire_checksums: set before it starts: payloads carry checksums; see :class:`~commkit.Debug`.
         newcomer: this replica has joined the others since their last round, so it has nothing to contribute to the
             next.
 
@@ -120,8 +122,10 @@ class OuterSync:
         self.was_reset = False
         self.weight = 1.0
         self.members: Elastic | None = None
+        self.wire_checksums = False
         self.newcomer = False
         self.at_unit: int | None = None  # whose round is under way
+        self.late = False  # that round is made anew where its outcome was to be used
         self.units = self.make_units()
         self._group = process_group
         self._make_outer = outer_optimizer
@@ -167,6 +171,11 @@ class OuterSync:
     def position(self) -> dict[str, int]:
         """What of the progress must be equal on all ranks."""
         return {"step": self.step, "round": self.round}
+
+    @property
+    def mid_round(self) -> bool:
+        """Whether a round is about to be made, of which a rank that joins now has nothing to tell."""
+        return self.at_unit is not None
 
     @property
     def common_anchors(self) -> bool:
@@ -255,12 +264,12 @@ class OuterSync:
     def finish(self) -> None:
         """Apply what is in flight and, if the options say so, synchronise once more. Collective."""
         while self._in_flight:
-            self.perform_sync()
+            self.receive()
         if self.options.final_sync:
             for unit in filter(self.is_open, self.units):
                 self.make_round(unit)
                 while self._in_flight:
-                    self.perform_sync()
+                    self.receive()
 
     def is_open(self, unit: Unit) -> bool:
         """Whether steps were taken since the last round of ``unit`` began."""
@@ -286,31 +295,44 @@ class OuterSync:
         """What is due after an inner step: first outcomes whose time has come, then new rounds, so that no
         snapshot holds half an update."""
         while self._in_flight and self._in_flight[0].apply_at <= self.step:
-            self.perform_sync()
+            self.receive()
         for unit in self.due():
             self.make_round(unit)
 
-    def make_round(self, unit: Unit) -> None:
+    def receive(self) -> None:
+        """End the oldest round in flight. If ranks were lost meanwhile, those that are left make it anew, of the weights
+        that they have by now."""
+        transfer = self._in_flight[0]
+        try:
+            self.perform_sync()
+        except RoundAborted as error:
+            self.survive(error)
+            self.round = transfer.number
+            self.make_round(transfer.unit, late=True)
+
+    def make_round(self, unit: Unit, late: bool = False) -> None:
         """Begin a round of ``unit``, and end it too unless its outcome is for later. If ranks are lost, those that are
-        left begin it anew."""
+        left begin it anew. ``late``: its outcome is used at once in any case."""
         while True:
             begun, number = dict(self._begun), self.round
             try:
                 if self.members is not None:
-                    self.at_unit = unit.index
+                    self.at_unit, self.late = unit.index, late
                     self.members.catch_up()
                 self.prepare_sync(unit)
-                if self.delay(unit) == 0:
+                if late or self.delay(unit) == 0:
                     self.perform_sync()
             except RoundAborted as error:
-                if self.members is None:
-                    raise
+                self.survive(error)
                 self._begun, self.round = begun, number
-                if not self.members.survive(error):
-                    raise
             else:
-                self.newcomer, self.at_unit = False, None
+                self.newcomer, self.at_unit, self.late = False, None, False
                 return
+
+    def survive(self, error: RoundAborted) -> None:
+        """Raise ``error``, unless it came of a loss that the others survive together with this rank."""
+        if self.members is None or not self.members.survive(error):
+            raise error
 
     def prepare_sync(self, unit: Unit | None = None) -> None:
         """Begin a round of ``unit`` (the only one if not given): take the snapshot and start to reduce it."""
@@ -474,7 +496,9 @@ class OuterSync:
         _started += 1
         group = require_group(group)
         timeout_s = self.options.timeout_s
-        private = DistComm(new_group_like(group, timeout_s), timeout_s)
+        private: Comm = DistComm(new_group_like(group, timeout_s), timeout_s)
+        if self.wire_checksums:
+            private = CheckedComm(private)
         if self.members is not None:  # who tell of failures
             return DistComm(group), private, NoAlarm()
         shards = self.replica.shard_group
@@ -545,6 +569,7 @@ class OuterSync:
         def carry_out() -> None:
             with profiler_range("carry_out"):
                 self.carry_out(transfer, self._round_comm)
+                self.settle_outcome()
             self._stats.append(transfer.stats)
 
         transfer.future = self.in_background(carry_out, transfer.tensors)
@@ -568,8 +593,15 @@ class OuterSync:
 
     def carry_out(self, transfer: Transfer, comm: Comm) -> None:
         """The communication of one round, on the worker's thread."""
-        settle = None if self.members is None else self.members.settle_round
-        transfer.carry_out(self.reducer, comm, self._shards, settle)
+        transfer.carry_out(self.reducer, comm, self._shards, self.settle)
+
+    @property
+    def settle(self) -> Settle | None:
+        """Makes a round's outcome count if all ranks have it, where ranks may be lost."""
+        return None if self.members is None else self.members.settle_round
+
+    def settle_outcome(self) -> None:
+        """After :meth:`carry_out`, on the worker's thread; a reducer's state is settled in there."""
 
     def _wait(self, transfer: Transfer) -> None:
         if transfer.future is None:

@@ -216,7 +216,8 @@ class CO2(LateSync):
         self._inner_lrs = deque(state["inner_lrs"])
 
     def _abort(self, failure: RankFailure) -> None:
-        self._inner_lrs.clear()
+        if self.members is None:
+            self._inner_lrs.clear()
         super()._abort(failure)
 
     def _clip(self, m: Tensor, d: Tensor, inner_lr: float) -> None:

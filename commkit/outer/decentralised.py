@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..metrics import StepStats
 from ..runtime.alarm import Alarm, NoAlarm
 from ..types import Comm
-from .base import OuterSync, Ranks
+from .base import OuterSync, Ranks, RoundAborted
 from .flat import WireDtype, check_wire_dtype, flat, full, parts
 from .options import SyncOptions
 from .peers import Peers
@@ -116,7 +116,7 @@ class Decentralised(OuterSync):
         """Give all ranks that are left the mean of their weights and batch-norm statistics: the same bits
         everywhere. All of them call it, after the same step. Finishes what is in flight first."""
         while self._in_flight:
-            self.perform_sync()
+            self.receive()
         self._write_merged(self._merged())
 
     @torch.no_grad()
@@ -154,7 +154,16 @@ class Decentralised(OuterSync):
         return float((own - mean).norm() / mean.norm())
 
     def _merged(self) -> dict[str, Tensor]:
-        """Means of parameters and buffers, by name."""
+        """Means of parameters and buffers, by name; if ranks are lost that are missed, of those that are left."""
+        while True:
+            try:
+                if self.members is not None:
+                    self.members.catch_up()
+                return self._mean_of_all()
+            except RoundAborted as error:
+                self.survive(error)
+
+    def _mean_of_all(self) -> dict[str, Tensor]:
         shared = {name: self.contribution(name) for name in self.replica.parameters}
         buffers = dict(self.replica.buffers) if self.options.average_buffers else {}
         floats = {n: b for n, b in buffers.items() if b.is_floating_point()}
@@ -170,6 +179,7 @@ class Decentralised(OuterSync):
                 values = list(self.peers.gather(buffer).values())
                 latest = torch.stack(values).amax(0) if name.endswith(_COUNTER) else values[0]
                 outcome[name] = latest
+            self.settle_outcome()
 
         self._finished(self.in_background(job, [message]))
         total = outcome.pop("mass of this rank").view(())
@@ -256,7 +266,7 @@ class Decentralised(OuterSync):
     def finish(self) -> None:
         """Apply what is in flight and, if the options say so, merge."""
         while self._in_flight:
-            self.perform_sync()
+            self.receive()
         if self.options.final_sync:
             self.merge()
 
@@ -264,6 +274,11 @@ class Decentralised(OuterSync):
         """Without anchors, keep what there is: a later round may bring finite weights."""
         if self._anchors is not None:
             super().roll_back(unit)
+
+    def settle_outcome(self) -> None:
+        """Where ranks may be lost, rounds count for all or for none: those that are left have to stay in the same round."""
+        if self.members is not None:
+            self.members.settle_round(self._private_comm)
 
     def _open(self, private: Comm, alarm: Alarm | NoAlarm) -> None:
         self.peers = Peers(private)

@@ -18,7 +18,7 @@ from ..registry import spec
 from ..runtime.alarm import RankFailure
 from ..types import Comm
 from .anchors import OuterOptimizer
-from .base import OuterSync, Ranks
+from .base import OuterSync, Ranks, RoundAborted
 from .diloco import nesterov
 from .layers import layers_of
 from .options import SyncOptions
@@ -28,6 +28,7 @@ from .sign_agreement import Majority, keep_majority
 from .transfer import Transfer
 from .units import Unit
 
+_NEW = 1 << 30  # in place of the old rank of a replica that had none
 _HEAD = 4  # of what a replica tells: round, exhausted, weight, steps; then a norm per layer
 
 
@@ -130,6 +131,8 @@ class EDiT(OuterSync):
         self._nonfinite: list[bool] = []
         self._began_at = 0  # local step at which the last round began
         self._next_number = 0  # of the first unit of the next round
+        self._began_before = 0  # local step at which the last round but one began
+        self._done = 0  # layers of the open round that count
         self._waited = 0.0
 
     # What the base class asks.
@@ -147,7 +150,10 @@ class EDiT(OuterSync):
 
     def start(self) -> EDiT:
         super().start()
-        self._detectors = self._renewed_detectors(range(self.comm.world_size))
+        replicas = range(self.comm.world_size)
+        self._detectors = self._renewed_detectors(
+            replicas if self.members is None else self.comm.all_gather_object(_NEW)
+        )
         # The last hook goes first: the model's before that of what it computes with itself.
         for module, index in self._layers.needs.items():
             self._hook(module, lambda module, args, index=index: self._before_layer(module, index))
@@ -181,6 +187,7 @@ class EDiT(OuterSync):
             "nonfinite": list(self._nonfinite),
             "began_at": self._began_at,
             "next_number": self._next_number,
+            "done": self._done,
             "rejected": self.rejected,
         }
 
@@ -195,7 +202,11 @@ class EDiT(OuterSync):
         self._nonfinite = list(state["nonfinite"])
         self._under_way = bool(self._pending or self._in_flight)
         self._began_at, self._next_number = state["began_at"], state["next_number"]
-        self.rejected = state["rejected"]
+        self._done, self.rejected = state["done"], state["rejected"]
+
+    @property
+    def mid_round(self) -> bool:
+        return self._ripe
 
     def after_resize(self) -> None:
         super().after_resize()
@@ -223,7 +234,7 @@ class EDiT(OuterSync):
             factor = self.penalty.shrink(squares.sqrt())
             for x in transfer.values.values():
                 x.mul_(factor.to(x.dtype))
-        transfer.commit(self.reducer, comm, self._shards)
+        transfer.commit(self.reducer, comm, self._shards, self.settle)
 
     # Rounds. What a rank submits, and what it writes, goes through the units in order, however its
     # forward passes jump about: collectives must be issued in the same order everywhere.
@@ -240,11 +251,21 @@ class EDiT(OuterSync):
         return weights
 
     def _begin(self) -> bool:
-        """Tell and be told, and begin a round if there is anything to it. Collective.
+        """Tell and be told, and begin a round if there is anything to it; or, if ranks were lost in the middle of it, go on
+        with the layers that do not count yet. Collective.
 
         Returns:
             Whether no replica has data left; the round is over then.
         """
+        while True:
+            try:
+                if self.members is not None:
+                    self.members.catch_up()
+                return self._begin_once()
+            except RoundAborted as error:
+                self.survive(error)
+
+    def _begin_once(self) -> bool:
         self._ripe = False
         steps = self.local_steps - self._began_at
         contributes = not self.exhausted or self.options.final_sync
@@ -254,7 +275,7 @@ class EDiT(OuterSync):
             [
                 self._next_number,
                 self.exhausted,
-                self.weight if contributes and steps else 0.0,
+                self.weight if contributes and steps and not self.newcomer else 0.0,
                 steps,
             ],
             dtype=torch.float64,
@@ -278,10 +299,10 @@ class EDiT(OuterSync):
             self.round_over()
             return all_exhausted
         self._decide(rows[:, _HEAD:], weights, taken)
-        self._began_at = self.local_steps
-        self._pending = deque(self.units)
+        self._began_before, self._began_at = self._began_at, self.local_steps
+        self._pending = deque(self.units[self._done :])
         self._under_way = True
-        self.round = self._next_number
+        self.round = self._next_number + self._done
         self._next_number += len(self.units)
         if all_exhausted:
             self._advance(len(self.units))
@@ -323,17 +344,26 @@ class EDiT(OuterSync):
     def _advance(self, index: int) -> None:
         """Go on with the round until units up to ``index`` are synchronised, and some more begun."""
         start = time.perf_counter()
+        while True:
+            try:
+                self._go_on(index)
+                break
+            except RoundAborted as error:
+                self.survive(error)
+        if self._under_way and not self._pending and not self._in_flight:
+            self._under_way, self._done, self.newcomer = False, 0, False
+            self.was_reset = any(self._nonfinite)
+            self.round_over()
+        self._waited += time.perf_counter() - start
+
+    def _go_on(self, index: int) -> None:
         if self._ripe:
             self._begin()
         while self._pending and self._pending[0].index <= index + self.prefetch:
             self.prepare_sync(self._pending.popleft())
         while self._in_flight and self._in_flight[0].unit.index <= index:
             self.perform_sync()
-        if self._under_way and not self._pending and not self._in_flight:
-            self._under_way = False
-            self.was_reset = any(self._nonfinite)
-            self.round_over()
-        self._waited += time.perf_counter() - start
+            self._done += 1
 
     def _catch_up(self) -> None:
         if self._ripe or self._under_way:
@@ -342,8 +372,16 @@ class EDiT(OuterSync):
     def _forget_round(self) -> None:
         self._ripe = self._under_way = False
         self._pending.clear()
+        self._done = 0
 
     def _abort(self, failure: RankFailure) -> NoReturn:
+        if self.members is not None:  # the rest of the round is made anew
+            if self._under_way:
+                self._next_number -= len(self.units)
+                self._began_at = self._began_before
+            self._ripe, self._under_way = True, False
+            self._pending.clear()
+            super()._abort(failure)
         # However far ranks got in the round, they agree on the next one's number.
         self._next_number += 0 if self._under_way else len(self.units)
         self.round = self._next_number

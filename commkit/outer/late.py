@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..reducer import Reducer
+from ..runtime.alarm import RankFailure
 from .anchors import OuterOptimizer
-from .base import OuterSync, Ranks
+from .base import OuterSync, Ranks, RoundAborted
 from .options import SyncOptions
 from .transfer import Transfer
 from .units import Unit
@@ -94,16 +95,53 @@ class LateSync(OuterSync):
         Raises:
             RoundAborted: the transfer that was waited for failed, here or on another rank.
         """
-        if self._in_flight:
-            self._wait(self._in_flight[0])
+        self.at_unit = unit.index
+        self.arrive()
         self.prepare_sync(unit)
+        self.newcomer, self.at_unit = False, None
         sent = self._in_flight[-1]
+        if not self.delayed:
+            self.arrive()
         if len(self._in_flight) > 1 or not self.delayed:
             self.perform_sync()
         else:
             self.roll_back(unit)
         self.was_reset = not sent.finite
         super()._renew_inner_state(sent)
+
+    def make_round(self, unit: Unit, late: bool = False) -> None:
+        self.end_round(unit)
+
+    def arrive(self) -> None:
+        """Wait for the oldest outcome in flight. If ranks were lost meanwhile, those that are left send the same again."""
+        while True:
+            try:
+                if self._in_flight:
+                    self._wait(self._in_flight[0])
+                if self.members is not None:
+                    self.members.catch_up()
+                waiting = [transfer for transfer in self._in_flight if transfer.waits]
+                for transfer in waiting:
+                    self._submit(transfer)
+                if not waiting:
+                    return
+            except RoundAborted as error:
+                self.survive(error)
+
+    def _taken(self, unit: Unit) -> Transfer:
+        transfer = super()._taken(unit)
+        if self.members is not None:  # weights start anew from the anchors, so it is nowhere else
+            transfer.keep()
+        return transfer
+
+    def _abort(self, failure: RankFailure) -> None:
+        again = [] if self.members is None else list(self._in_flight)
+        for transfer in again:
+            transfer.restore()
+        try:
+            super()._abort(failure)
+        finally:
+            self._in_flight.extend(again)
 
     def _renew_inner_state(self, transfer: Transfer) -> None:
         """Done at the end of the round in which the snapshot was taken: a replica that was not finite then
@@ -115,6 +153,7 @@ class LateSync(OuterSync):
             if self.options.final_sync and self.is_open(unit):
                 self.end_round(unit)
         while self._in_flight:
+            self.arrive()
             unit = self._in_flight[0].unit
             if not self.is_open(unit):
                 self.perform_sync()

@@ -165,6 +165,11 @@ class NoLoCo(Decentralised):
             self._announce_anchors()
         super().synchronise()
 
+    def prepare_sync(self, unit: Unit | None = None) -> None:
+        if self.sends_anchors:  # they are already, unless the round is made anew
+            self._announce_anchors()
+        super().prepare_sync(unit)
+
     def _announce_anchors(self) -> None:
         """Begin to exchange anchors with whom this round will end; once per round."""
         if self._announced == self.round:

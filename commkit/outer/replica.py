@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..runtime.agreement import trainable_parameters
+from ..runtime.replica_check import digest
 from ..runtime.shards import local
 from ..types import Comm
 
@@ -144,9 +144,3 @@ def _shard_group(parameters: Mapping[str, Tensor]) -> dist.ProcessGroup | None:
 
 def _broadcast(x: Tensor, comm: Comm, src: int) -> Tensor:
     return comm.broadcast(x.detach().clone(memory_format=torch.contiguous_format), src)
-
-
-def digest(x: Tensor) -> str:
-    """Shape and checksum, to compare between ranks."""
-    data = local(x.detach()).contiguous().view(-1).view(torch.uint8).cpu().numpy()
-    return f"{tuple(x.shape)} {zlib.crc32(data.tobytes()):08x}"

@@ -182,7 +182,7 @@ class StreamingDiLoCo(DiLoCo):
     @torch.no_grad()
     def finish(self) -> None:
         while self._in_flight:
-            self.perform_sync()
+            self.receive()
         mixing, self.mixing = self.mixing, 0.0
         try:
             super().finish()

@@ -54,6 +54,7 @@ class Transfer:
         self.roster: Roster | None = None
         self.stats = StepStats()
         self.future: torch.futures.Future[Tensor] | None = None
+        self._kept: tuple[dict[str, Tensor], list[Tensor]] = {}, []
 
     @property
     def finite(self) -> bool:
@@ -79,6 +80,25 @@ class Transfer:
     @property
     def device(self) -> torch.device:
         return next(iter(self.tensors), torch.empty(0)).device
+
+    def keep(self) -> None:
+        """Keep a copy of what is sent, for :meth:`restore`."""
+        buffers = [] if self.buffers is None else self.buffers.floats
+        self._kept = {n: x.clone() for n, x in self.values.items()}, [x.clone() for x in buffers]
+
+    def restore(self) -> None:
+        """As it was when it was kept, to be sent again."""
+        values, buffers = self._kept
+        self.values = {name: x.clone() for name, x in values.items()}
+        if self.buffers is not None:
+            for x, old in zip(self.buffers.floats, buffers, strict=True):
+                x.copy_(old)
+        self.roster = self.future = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is to be sent yet."""
+        return self.roster is None and self.future is None
 
     def carry_out(
         self, reducer: Reducer, comm: Comm, shards: Comm | None = None, settle: Settle | None = None
@@ -133,14 +153,13 @@ class Transfer:
             x.mul_(share) if share else x.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a transfer that has been carried out."""
-        assert self.roster is not None
+        """Of a transfer that has been carried out, or is to be sent again."""
         return {
             "unit": self.unit.index,
             "number": self.number,
             "apply_at": self.apply_at,
             "values": self.values,
-            "weights": list(self.roster.weights),
+            "weights": None if self.roster is None else list(self.roster.weights),
             "buffers": None if self.buffers is None else self.buffers.state_dict(),
             "extras": self.extras,
         }
@@ -149,14 +168,22 @@ class Transfer:
     def of_state(
         cls, state: Mapping[str, Any], unit: Unit, live: Mapping[str, Tensor], rank: int
     ) -> Transfer:
-        """What :meth:`state_dict` was taken of, carried out, as seen by ``rank``; ``live`` are the model's
-        buffers."""
+        """What :meth:`state_dict` was taken of, as seen by ``rank``; ``live`` are the model's buffers. A rank that has joined
+        since adds nothing to what is sent again."""
+        weights = state["weights"]
         values = {name: value.clone() for name, value in state["values"].items()}
-        transfer = cls(unit, state["number"], state["apply_at"], values)
+        if weights is None:
+            values = {name: torch.zeros_like(value) for name, value in values.items()}
+        transfer = cls(
+            unit, state["number"], state["apply_at"], values, weight=float(weights is not None)
+        )
         if state["buffers"] is not None:
             transfer.buffers = BufferAverage({name: live[name] for name in unit.buffers})
             transfer.buffers.load_state_dict(state["buffers"])
         transfer.extras = [extra.clone() for extra in state["extras"]]
-        transfer.roster = Roster(tuple(state["weights"]))
-        transfer.finite = transfer.roster.weights[rank] > 0
+        if weights is None:
+            transfer.keep()
+        else:
+            transfer.roster = Roster(tuple(weights))
+            transfer.finite = rank >= len(weights) or weights[rank] > 0
         return transfer

@@ -23,7 +23,7 @@ def _refusal(action: Any) -> str:
     return "accepted"
 
 
-def _refusals(rank: int, world_size: int) -> dict[str, str]:
+def refusals(rank: int, world_size: int) -> dict[str, str]:
     def net() -> DDP:
         return DDP(problem.model())
 
@@ -69,11 +69,11 @@ EXPECTED = {
 
 
 def test_bad_configurations_are_refused_on_every_rank() -> None:
-    results = run_ranks(_refusals, 2)
-    for rank, refusals in enumerate(results):
+    results = run_ranks(refusals, 2)
+    for rank, told in enumerate(results):
         for case, words in EXPECTED.items():
             for word in words:
-                assert word in refusals[case], (rank, case, refusals[case])
+                assert word in told[case], (rank, case, told[case])
     assert "rank 1 refused to attach" in results[0]["one rank is wrong"]
     assert "rank=-1" in results[1]["one rank is wrong"]
 
@@ -88,7 +88,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
         assert "no parameter with requires_grad=True" in message
 
 
-def _raising(rank: int, world_size: int, bad_rank: int) -> tuple[float, str, str]:
+def raising(rank: int, world_size: int, bad_rank: int) -> tuple[float, str, str]:
     net = DDP(problem.model(), bucket_cap_mb=0.02)
     handle = commkit.attach(net, "powersgd")
     problem.train(net, range(3), rank)
@@ -108,7 +108,7 @@ def _raising(rank: int, world_size: int, bad_rank: int) -> tuple[float, str, str
 
 @pytest.mark.parametrize("bad_rank", [0, 2])
 def test_an_exception_in_the_hook_of_one_rank_is_raised_on_all(bad_rank: int) -> None:
-    for rank, (took, message, again) in enumerate(run_ranks(_raising, 3, bad_rank)):
+    for rank, (took, message, again) in enumerate(run_ranks(raising, 3, bad_rank)):
         assert "ZeroDivisionError: planted" in message, (rank, message)
         if rank != bad_rank:
             assert f"rank {bad_rank} failed" in message

@@ -41,17 +41,19 @@ def _run(
     return problem.parameters(net)
 
 
-def _resumes(rank: int, world_size: int, scheme: str, path: str) -> tuple[bool, bool]:
+def resumes(
+    rank: int, world_size: int, scheme: str, path: str, steps: int = 12
+) -> tuple[bool, bool]:
     directory = Path(path) / "step_6"
-    whole = _run(rank, scheme, directory, range(12), save_at=6)
+    whole = _run(rank, scheme, directory, range(steps), save_at=6)
     # A fresh DDP wrapper starts with other buckets than the one that saved.
-    resumed = _run(rank, scheme, directory, range(6, 12), save_at=None)
+    resumed = _run(rank, scheme, directory, range(6, steps), save_at=None)
     return torch.equal(whole, resumed), checkpoint.latest(path) == directory
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_resume_is_bit_exact_at_the_same_world_size(scheme: str, tmp_path: Path) -> None:
-    assert run_ranks(_resumes, 2, scheme, str(tmp_path)) == [(True, True)] * 2
+    assert run_ranks(resumes, 2, scheme, str(tmp_path)) == [(True, True)] * 2
 
 
 def _left_unsent(handle: commkit.Handle) -> dict[str, torch.Tensor]:
@@ -71,7 +73,7 @@ def _left_unsent(handle: commkit.Handle) -> dict[str, torch.Tensor]:
     return left
 
 
-def _save_residuals(rank: int, world_size: int, scheme: str, path: str) -> dict[str, torch.Tensor]:
+def save_residuals(rank: int, world_size: int, scheme: str, path: str) -> dict[str, torch.Tensor]:
     net = DDP(problem.model().double(), bucket_cap_mb=0.02)
     handle = commkit.attach(net, scheme)
     problem.train(net, range(5), rank)
@@ -79,7 +81,7 @@ def _save_residuals(rank: int, world_size: int, scheme: str, path: str) -> dict[
     return _left_unsent(handle)
 
 
-def _load_residuals(
+def load_residuals(
     rank: int, world_size: int, scheme: str, path: str
 ) -> list[dict[str, torch.Tensor]]:
     net = DDP(problem.model().double(), bucket_cap_mb=0.02)
@@ -112,8 +114,8 @@ def _load_residuals(
 def test_another_world_size_conserves_what_was_left_unsent(
     scheme: str, before: int, after: int, tmp_path: Path
 ) -> None:
-    saved = run_ranks(_save_residuals, before, scheme, str(tmp_path / "c"))[0]
-    for stage in run_ranks(_load_residuals, after, scheme, str(tmp_path / "c"))[0]:
+    saved = run_ranks(save_residuals, before, scheme, str(tmp_path / "c"))[0]
+    for stage in run_ranks(load_residuals, after, scheme, str(tmp_path / "c"))[0]:
         for name, left in saved.items():
             # All in float64, for gradients of about 1.
             torch.testing.assert_close(stage[name], left, rtol=0, atol=1e-13)
@@ -139,7 +141,7 @@ def _refuses(rank: int, world_size: int, path: str) -> list[str]:
 
 
 def test_a_missing_or_unwanted_checkpoint_is_refused(tmp_path: Path) -> None:
-    run_ranks(_save_residuals, 1, "powersgd", str(tmp_path / "c"))
+    run_ranks(save_residuals, 1, "powersgd", str(tmp_path / "c"))
     for messages in run_ranks(_refuses, 2, str(tmp_path / "c")):
         assert "saved by 1 ranks and this job has 2" in messages[0]
         assert "no complete checkpoint" in messages[1]

@@ -103,6 +103,13 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 BLOCKS |= {name: {"name": name} for name in (*REDUCERS, "dgc", "demo") if name not in UNLAWFUL}
 
+# Optimizers with more of a reducer than those above; in their compressed stage from the third step on.
+OPTIMIZER_BLOCKS: dict[str, dict[str, Any]] = {
+    "onebit_adam": {"name": "onebit_adam", "freeze_step": 2},
+    "onebit_lamb": {"name": "onebit_lamb", "freeze_step": 2},
+    "zero_one_adam": {"name": "zero_one_adam"},
+}
+
 SHAPES: dict[str, tuple[int, ...]] = {
     "matrix": (64, 48),
     "vector": (2000,),
@@ -123,6 +130,29 @@ def build(case: str) -> Reducer:
     optimizer = made(parameters.values(), lr=0.1)
     optimizer.bind(parameters, run_threads(lambda comm: comm, 1)[0])
     return optimizer.reducer
+
+
+def built(case: str) -> Reducer:
+    """As :func:`build`, of ``OPTIMIZER_BLOCKS`` too."""
+    if case in BLOCKS:
+        return build(case)
+    parameters = {key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in SHAPES.items()}
+    optimizer = make_scheme(OPTIMIZER_BLOCKS[case])(parameters.values(), lr=0.1)  # type: ignore[operator]
+    optimizer.bind(parameters, run_threads(lambda comm: comm, 1)[0])
+    reducer = optimizer.reducer
+    assert isinstance(reducer, Reducer)
+    return reducer
+
+
+def finish(reducer: Reducer, outs: Mapping[str, torch.Tensor]) -> None:
+    """Close the step; an optimizer applies it, unless it was not finite."""
+    reducer.end_step()
+    optimizer = getattr(reducer, "optimizer", None)
+    if optimizer is not None and not reducer.skipped:
+        for key, p in optimizer._parameters.items():
+            p.grad = outs[key].clone()
+        with torch.no_grad():
+            optimizer.apply()
 
 
 def votes(case: str) -> bool:

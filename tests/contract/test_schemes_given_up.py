@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from commkit.comm import CollectiveError
-from commkit.reducer import Reducer
-from commkit.schemes import make_scheme
 from commkit.sim import ThreadComm, run_threads
 
-from .scheme_cases import BLOCKS, SHAPES, build, copied, gradients
+from .scheme_cases import BLOCKS, OPTIMIZER_BLOCKS, built, copied, finish, gradients
 
-_OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "onebit_adam": {"name": "onebit_adam", "freeze_step": 1},
-    "onebit_lamb": {"name": "onebit_lamb", "freeze_step": 1},
-    "zero_one_adam": {"name": "zero_one_adam"},
-}
 _COLLECTIVES = ("all_reduce", "all_gather", "all_to_all", "broadcast", "all_gather_object")
 
 
@@ -44,29 +37,8 @@ class Failing:
         return collective
 
 
-def _built(case: str) -> Reducer:
-    if case in BLOCKS:
-        return build(case)
-    parameters = {key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in SHAPES.items()}
-    optimizer = make_scheme(_OPTIMIZERS[case])(parameters.values(), lr=0.1)  # type: ignore[operator]
-    optimizer.bind(parameters, run_threads(lambda comm: comm, 1)[0])
-    reducer = optimizer.reducer
-    assert isinstance(reducer, Reducer)
-    return reducer
-
-
 def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def _finish(reducer: Reducer, outs: dict[str, torch.Tensor]) -> None:
-    reducer.end_step()
-    optimizer = getattr(reducer, "optimizer", None)
-    if optimizer is not None:
-        for key, p in optimizer._parameters.items():
-            p.grad = outs[key].clone()
-        with torch.no_grad():
-            optimizer.apply()
 
 
 _CASES = [
@@ -77,7 +49,7 @@ _CASES = [
     "ef21-momentum",
     "sign-gathered",
     "topk-two-shot",
-    *_OPTIMIZERS,
+    *OPTIMIZER_BLOCKS,
 ]
 
 
@@ -86,13 +58,13 @@ _CASES = [
 def test_a_step_that_was_given_up_leaves_no_trace(case: str) -> None:
     def body(comm: ThreadComm) -> int:
         lost, kept = Failing(comm), Failing(comm)
-        reducer, twin = _built(case), _built(case)
+        reducer, twin = built(case), built(case)
         for step in range(2):
             for each in (reducer, twin):
-                _finish(each, copied(each.reduce(gradients(comm.rank, step), comm)))
+                finish(each, copied(each.reduce(gradients(comm.rank, step), comm)))
         before = copied(reducer.state_dict())
         expected = copied(twin.reduce(gradients(comm.rank, 2), kept))
-        _finish(twin, expected)
+        finish(twin, expected)
         for failing_at in range(kept.calls):
             lost.calls, lost.left = 0, failing_at
             with pytest.raises(CollectiveError):
@@ -101,7 +73,7 @@ def test_a_step_that_was_given_up_leaves_no_trace(case: str) -> None:
             assert _same(copied(reducer.state_dict()), before), f"collective {failing_at}"
         outs = copied(reducer.reduce(gradients(comm.rank, 2), comm))
         assert _same(outs, expected)
-        _finish(reducer, outs)
+        finish(reducer, outs)
         assert _same(reducer.state_dict(), twin.state_dict())
         return kept.calls
 

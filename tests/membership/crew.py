@@ -5,11 +5,11 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import pickle
-import queue
 import signal
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -20,14 +20,13 @@ from commkit.membership import Place
 
 def _body(function: Callable[..., Any], place: Place, news: Any, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    told = lambda what: news.put(pickle.dumps((place.rank, "told", what)))
+    told = lambda what: news.send_bytes(pickle.dumps((place.rank, "told", what)))
     try:
         outcome = (place.rank, "result", function(place, told, *args))
     except BaseException as error:
         outcome = (place.rank, "error", (type(error).__name__, str(error), traceback.format_exc()))
-    news.put(pickle.dumps(outcome))
+    news.send_bytes(pickle.dumps(outcome))
     news.close()
-    news.join_thread()
     os._exit(0)
 
 
@@ -45,7 +44,8 @@ class Crew:
     ) -> None:
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "torch.distributed", "commkit"])
-        self._news = self._context.Queue()
+        # One from each: a queue's lock would die with the worker that holds it.
+        self._news: dict[Any, int] = {}
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._function, self._size, self._args = function, size, args
         self._deadline = time.monotonic() + deadline_s
@@ -69,12 +69,15 @@ class Crew:
         """One more worker, with ``args`` after the others'; its rank is the next number."""
         rank = len(self._processes)
         place = Place(rank, self._size, "127.0.0.1", self._store.port, False, "test")
+        receive, send = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=_body,
-            args=(self._function, place, self._news, (*self._args, *args)),
+            args=(self._function, place, send, (*self._args, *args)),
             daemon=True,
         )
         process.start()
+        send.close()
+        self._news[receive] = rank
         self._processes.append(process)
         return rank
 
@@ -120,11 +123,13 @@ class Crew:
             raise AssertionError(
                 f"ranks {list(ranks)} are late; told {self.told}, results {self.results}, errors {self.errors}"
             )
-        try:
-            rank, kind, value = pickle.loads(self._news.get(timeout=min(rest, 1.0)))
-        except queue.Empty:
-            return
-        if kind == "told":
-            self.told.setdefault(rank, []).append(value)
-        else:
-            (self.results if kind == "result" else self.errors)[rank] = value
+        for news in wait(list(self._news), min(rest, 1.0)):
+            try:
+                rank, kind, value = pickle.loads(news.recv_bytes())
+            except (EOFError, OSError):  # it has ended
+                del self._news[news]
+                continue
+            if kind == "told":
+                self.told.setdefault(rank, []).append(value)
+            else:
+                (self.results if kind == "result" else self.errors)[rank] = value

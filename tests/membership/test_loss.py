@@ -19,7 +19,7 @@ SIGN = {"name": "sign", "min_numel": 0}
 POWERSGD = {"name": "powersgd", "rank": 2, "min_compression_rate": 0.0}
 
 
-def _dies(rank: int, step: int) -> None:
+def dies(rank: int, step: int) -> None:
     if (rank, step) == (1, 3):
         die()
 
@@ -29,12 +29,12 @@ def _fails(rank: int, step: int) -> None:
         raise ValueError("bad sample")
 
 
-def _stops(rank: int, step: int) -> None:
+def stops(rank: int, step: int) -> None:
     if (rank, step) == (1, 3):
         die(signal.SIGSTOP)
 
 
-def _two_die(rank: int, step: int) -> None:
+def two_die(rank: int, step: int) -> None:
     if rank in (1, 2) and step == 3:
         die()
 
@@ -67,7 +67,7 @@ def _numbers(result: dict[str, Any]) -> list[int]:
 
 @pytest.mark.parametrize(
     ("what", "lost"),
-    [(_dies, {1}), (_fails, {1}), (_two_die, {1, 2}), (_first_dies, {0})],
+    [(dies, {1}), (_fails, {1}), (two_die, {1, 2}), (_first_dies, {0})],
     ids=["killed", "exception", "two at once", "the first"],
 )
 def test_others_go_on_from_the_same_step(what: Any, lost: set[int]) -> None:
@@ -84,14 +84,14 @@ def test_others_go_on_from_the_same_step(what: Any, lost: set[int]) -> None:
 
 @pytest.mark.parametrize("scheme", [TOPK, SIGN, POWERSGD, "onebit_adam", "dgc"], ids=str)
 def test_any_scheme(scheme: Any) -> None:
-    with Crew(train, 3, scheme, 6, QUICK, _dies) as crew:
+    with Crew(train, 3, scheme, 6, QUICK, dies) as crew:
         first, last = crew.finish(0, 2)
     assert first["digest"] == last["digest"]
     assert _worlds(first) == [3, 3, 3, 2, 2, 2]
 
 
 def test_a_stopped_worker_is_left_out_and_told() -> None:
-    with Crew(train, 3, TOPK, 6, QUICK, _stops) as crew:
+    with Crew(train, 3, TOPK, 6, QUICK, stops) as crew:
         first, last = crew.finish(0, 2)
         assert first["digest"] == last["digest"]
         assert _worlds(first) == [3, 3, 3, 2, 2, 2]
@@ -102,7 +102,7 @@ def test_a_stopped_worker_is_left_out_and_told() -> None:
 
 
 def test_a_short_pause_evicts_nobody() -> None:
-    with Crew(train, 3, TOPK, 6, QUICK, _stops) as crew:
+    with Crew(train, 3, TOPK, 6, QUICK, stops) as crew:
         crew.wait_for(0, 2)
         crew.pause(1.0)
         crew.signal(1, signal.SIGCONT)
@@ -113,7 +113,7 @@ def test_a_short_pause_evicts_nobody() -> None:
 
 def test_too_few_workers_stop_cleanly() -> None:
     options = ElasticOptions(min_workers=3, heartbeat_s=0.25, limit_s=3.0)
-    with Crew(train, 3, TOPK, 6, options, _dies) as crew:
+    with Crew(train, 3, TOPK, 6, options, dies) as crew:
         for rank in (0, 2):
             kind, message = crew.error_of(rank)
             assert kind == "TrainingStopped"
@@ -148,12 +148,12 @@ def test_a_worker_that_joins_has_the_others_state() -> None:
     assert _numbers(results[0]) == list(range(30))
 
 
-def _dies_while_it_receives(rank: int) -> None:
+def dies_while_it_receives(rank: int) -> None:
     if rank == 2:
         hand_over.receive = lambda *_: die()  # type: ignore[assignment]
 
 
-def _dies_while_it_sends(rank: int) -> None:
+def dies_while_it_sends(rank: int) -> None:
     send = hand_over.send
     calls: list[None] = []
 
@@ -168,7 +168,7 @@ def _dies_while_it_sends(rank: int) -> None:
 
 
 def test_a_worker_dies_while_it_joins() -> None:
-    with Crew(train, 2, TOPK, 30, QUICK, None, 0.1, _dies_while_it_receives) as crew:
+    with Crew(train, 2, TOPK, 30, QUICK, None, 0.1, dies_while_it_receives) as crew:
         crew.wait_for(0, 3)
         crew.start()
         first, last = crew.finish(0, 1)
@@ -179,7 +179,7 @@ def test_a_worker_dies_while_it_joins() -> None:
 
 
 def test_the_source_dies_while_another_joins() -> None:
-    with Crew(train, 3, TOPK, 30, QUICK, None, 0.1, _dies_while_it_sends) as crew:
+    with Crew(train, 3, TOPK, 30, QUICK, None, 0.1, dies_while_it_sends) as crew:
         crew.wait_for(0, 3)
         late = crew.start()
         results = crew.finish(1, 2, late)

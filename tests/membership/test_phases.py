@@ -17,7 +17,7 @@ from .crew import Crew
 from .training import QUICK, die, digest, loss_of, make_model
 
 _AT = 3  # the step in which it dies
-_SCHEMES: dict[str, dict[str, Any]] = {
+SCHEMES: dict[str, dict[str, Any]] = {
     "powersgd": {"name": "powersgd", "rank": 2, "min_compression_rate": 0.0},
     "topk": {"name": "topk", "density": 0.1, "min_numel": 0},
     "sign": {"name": "sign", "min_numel": 0},
@@ -43,7 +43,7 @@ def _die_before(number: int) -> None:
         setattr(DistComm, name, mortal(getattr(DistComm, name)))
 
 
-def _train(place: Place, tell: Callable[[Any], None], scheme: Any, before: int) -> dict[str, Any]:
+def exchange(place: Place, tell: Callable[[Any], None], scheme: Any, before: int) -> dict[str, Any]:
     model = make_model()
     attempts: list[dict[str, torch.Tensor]] = []
     with Elastic(QUICK, place) as members:
@@ -86,7 +86,7 @@ def _train(place: Place, tell: Callable[[Any], None], scheme: Any, before: int) 
     ],
 )
 def test_residuals_are_those_before_the_step(scheme: str, before: int) -> None:
-    with Crew(_train, 3, _SCHEMES[scheme], before) as crew:
+    with Crew(exchange, 3, SCHEMES[scheme], before) as crew:
         first, last = crew.finish(0, 2)
     assert first["digest"] == last["digest"]
     assert first["same"]

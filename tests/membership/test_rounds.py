@@ -23,7 +23,7 @@ DILOCO = {"name": "diloco", "sync_every": SYNC_EVERY, "outer_lr": 0.7, "outer_mo
 INT8 = DILOCO | {"reducer": {"name": "int8", "min_numel": 0}}
 
 
-def _train(
+def train_in_rounds(
     place: Place,
     tell: Callable[[Any], None],
     scheme: Any,
@@ -62,7 +62,7 @@ def _dies_between_rounds(rank: int, step: int, method: Any) -> None:
         die()
 
 
-def _dies_in_round(rank: int, step: int, method: Any) -> None:
+def dies_in_round(rank: int, step: int, method: Any) -> None:
     if (rank, step) == (1, 7):
         method.reducer.reduce = lambda *_: die()
 
@@ -108,10 +108,10 @@ def _reference(steps: int, lost: int, since_round: int) -> float:
 
 
 @pytest.mark.parametrize(
-    "what", [_dies_between_rounds, _dies_in_round, _stops], ids=["between", "inside", "stopped"]
+    "what", [_dies_between_rounds, dies_in_round, _stops], ids=["between", "inside", "stopped"]
 )
 def test_the_round_is_made_by_those_who_are_left(what: Any) -> None:
-    with Crew(_train, 3, DILOCO, 12, what) as crew:
+    with Crew(train_in_rounds, 3, DILOCO, 12, what) as crew:
         first, last = crew.finish(0, 2)
     for result in (first, last):
         assert result["numbers"] == list(range(12))  # no inner step is done twice
@@ -122,7 +122,7 @@ def test_the_round_is_made_by_those_who_are_left(what: Any) -> None:
 
 
 def test_a_round_whose_outcome_all_have_counts() -> None:
-    with Crew(_train, 3, DILOCO, 12, _dies_after_its_part) as crew:
+    with Crew(train_in_rounds, 3, DILOCO, 12, _dies_after_its_part) as crew:
         first, last = crew.finish(0, 2)
     assert first["digest"] == last["digest"]
     assert first["round"] == last["round"] == 3
@@ -134,14 +134,14 @@ def test_a_round_whose_outcome_all_have_counts() -> None:
 
 
 def test_a_compressed_round() -> None:
-    with Crew(_train, 3, INT8, 12, _dies_in_round) as crew:
+    with Crew(train_in_rounds, 3, INT8, 12, dies_in_round) as crew:
         first, last = crew.finish(0, 2)
     assert first["digest"] == last["digest"]
     assert first["round"] == 3
 
 
 def test_a_worker_that_joins_takes_part_from_the_next_round_on() -> None:
-    with Crew(_train, 2, DILOCO, 60, None, 0.05) as crew:
+    with Crew(train_in_rounds, 2, DILOCO, 60, None, 0.05) as crew:
         crew.wait_for(0, 5)
         late = crew.start()
         results = crew.finish(0, 1, late)
@@ -151,11 +151,44 @@ def test_a_worker_that_joins_takes_part_from_the_next_round_on() -> None:
     assert results[2]["numbers"] == list(range(results[2]["numbers"][0], 60))
 
 
+LATE = {
+    "streaming": {"name": "streaming_diloco", "sync_every": 4, "fragments": 2, "overlap": 1},
+    "co2": {"name": "co2", "sync_every": 4},
+    "edit": {"name": "edit", "sync_every": 4},
+}
+GOSSIP = {"noloco": {"name": "noloco", "sync_every": 4, "beta": 0.6, "gamma": 0.8}}
+
+
+@pytest.mark.parametrize("name", [*LATE, *GOSSIP])
+def test_other_methods_go_on(name: str) -> None:
+    """The loss comes while something travels, and later one joins; nobody loses a step, and all that are left end alike."""
+    with Crew(train_in_rounds, 3, (LATE | GOSSIP)[name], 60, dies_in_step_8, 0.03) as crew:
+        crew.wait_for(0, 14)
+        late = crew.start()
+        first, last, joined = crew.finish(0, 2, late)
+    for result in (first, last):
+        assert result["numbers"] == list(range(60))
+        assert set(result["worlds"]) == {3, 2}, result["worlds"]
+    assert joined["numbers"] == list(range(joined["numbers"][0], 60))
+    assert len({result["digest"] for result in (first, last, joined)}) == 1
+    assert {(result["step"], result["round"]) for result in (first, last, joined)} == {
+        (60, first["round"])
+    }
+    assert first["worlds"][-1] == 3
+
+
+def dies_in_step_8(rank: int, step: int, method: Any) -> None:
+    """Its part of the round before is on its way, or the others wait for it."""
+    if (rank, step) == (1, 8):
+        die()
+
+
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ({"name": "noloco"}, "NoLoCo cannot go on"),
-        ({"name": "co2"}, "cannot go on"),
+        ({"name": "push_sum"}, "PushSum cannot go on"),
+        ({"name": "gossip"}, "GossipSGD cannot go on"),
+        ({"name": "dilocox"}, "cannot go on"),
         (DILOCO | {"options": {"warmup_steps": 2}}, "warmup_steps=2 must be 0 with members"),
     ],
     ids=str,

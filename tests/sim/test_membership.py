@@ -47,7 +47,7 @@ def _prepares_when_it_is_over(member: Member, epoch: int, step: int) -> bool:
 def _takes_the_furthest(original: Callable[..., Any]) -> Callable[..., Any]:
     def propose(member: Member, now: float) -> View | None:
         view = original(member, now)
-        if view is None or not view.sources:
+        if view is None or view.stop or not view.sources:
             return view
         steps = [s for s in member.ledger.ready.values() if s is not None]
         return View(view.epoch, view.members, view.sources, max(steps, default=view.step))
