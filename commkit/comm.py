@@ -209,9 +209,7 @@ class DistComm:
     @_collective
     def all_gather_object(self, obj: Any) -> list[Any]:
         # Not torch's collective of this name, which unpickles whatever comes: a peer could have it run anything.
-        device = torch.device("cpu")
-        if dist.get_backend(self.group) == "nccl":
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = self._device_of_objects()
         own = _packed(obj).to(device)
         sizes = own.new_empty(self._world_size, dtype=torch.int64)
         _all_gather_single(sizes, torch.tensor([own.numel()], device=device), group=self.group)
@@ -221,6 +219,11 @@ class DistComm:
         _all_gather_single(rows, row, group=self.group)
         parts = rows.cpu().view(self._world_size, -1)
         return [_unpacked(part[:size]) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+    def _device_of_objects(self) -> torch.device:
+        if dist.get_backend(self.group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
 
     @_collective
     def barrier(self) -> None:

@@ -4,13 +4,13 @@ step."""
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchft import Manager
@@ -41,6 +41,13 @@ _KEY = "commkit"
 class ManagedComm(DistComm):
     """Collectives over a group that torch.distributed has not been told of: one quorum's."""
 
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(group)
+        self._device = device
+
+    def _device_of_objects(self) -> torch.device:
+        return self._device
+
     @contextmanager
     def _counted(self, op: str, payload_bytes: int, wire_bytes: int) -> Iterator[None]:
         try:
@@ -48,17 +55,6 @@ class ManagedComm(DistComm):
                 yield
         except ValueError as error:  # torch describes a failure to its log, and finds no such group
             raise CollectiveError(str(error.__context__ or error)) from error
-
-    def all_gather_object(self, obj: Any) -> list[Any]:
-        data = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-        sizes = self.all_gather(torch.tensor([data.numel()])).flatten().tolist()
-        padded = data.new_zeros(max(sizes))
-        padded[: data.numel()] = data
-        rows = self.all_gather(padded)
-        return [
-            pickle.loads(row[:size].numpy().tobytes())
-            for row, size in zip(rows, sizes, strict=True)
-        ]
 
 
 class ManagedOptimizer(OptimizerWrapper):  # type: ignore[misc]
@@ -133,7 +129,7 @@ class ManagedOptimizer(OptimizerWrapper):  # type: ignore[misc]
         group = self._group.parent
         if self.comm is None or self.comm.group is not group:
             self.comm = None  # until everything is in place
-            comm = ManagedComm(group)
+            comm = ManagedComm(group, next(iter(self._parameters.values())).device)
             agree(comm, fingerprint(self.reducer, self._parameters), None)
             dealt_again(self.reducer, self._parameters, comm)
             self.reducer.prepare(self._parameters, comm)

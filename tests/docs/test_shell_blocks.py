@@ -13,6 +13,9 @@ What is checked and not run, and why:
 ``deepspeed.sh``            the config is planned as at a start; tests/deepspeed trains it
 10.0.0.1, host0             other machines; this one takes their part
 ``--respawn``               wants a worker that dies: tests/membership kills one
+elastic trainings           the recipe is checked; tests/launch/test_elastic.py kills workers of such runs
+``commkit probe``           takes minutes; arguments and recipe are checked, and tests/probe runs it
+``probe.json``              is one that was made up
 ==========================  ==============================================================================================
 """
 
@@ -32,11 +35,13 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from commkit import cli
-from commkit.config import load_yaml
-from launch.settings import ModelSettings
+from commkit.config import load_yaml, validate
+from commkit.schemes import make_scheme
+from launch.settings import ModelSettings, TrainSettings
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from tests.harness import run_ranks
 from tests.launch.conftest import TINY, as_launched
+from tests.probe.found import probe_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,13 +85,16 @@ def those(*starts: str) -> list[str]:
     return [line for _, line in LINES if place_of(line, *starts)]
 
 
-TRAINING = [line for _, line in LINES if TRAIN in shlex.split(line)]
+MEMBERS = those("python", "-m", "launch.members")
+ELASTIC = [line for line in MEMBERS if TRAIN in shlex.split(line)]
+TRAINING = [line for _, line in LINES if TRAIN in shlex.split(line) and line not in ELASTIC]
+PROBING = [line for _, line in LINES if "commkit.cli probe" in line]
 SCRIPTS = [line for _, line in LINES if re.search(r"(^|\s)launch/\w+\.sh\s", line)]
 
 
 def test_every_line_is_tried_somewhere():
     tried = TRAINING + SCRIPTS + those("make") + those("pip", "install") + those("commkit")
-    tried += those("python", "-m", "launch.members")
+    tried += MEMBERS + PROBING
     assert {line for _, line in LINES} == set(tried)
 
 
@@ -118,10 +126,41 @@ def test_comparisons_are_planned(line, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("line", those("commkit", "simulate"))
-def test_scenarios_run(line, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    assert cli.main(shlex.split(line)[1:]) == 0
+def test_scenarios_run(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(at_root(shlex.split(line)[1:])) == 0
     assert "noloco" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", those("commkit", "advise"))
+def test_advice_is_given(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "probe.json").write_text(probe_of().model_dump_json())
+    assert cli.main(shlex.split(line)[1:]) == 0
+    assert "ddp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", PROBING)
+def test_probes_are_of_recipes(line):
+    import tyro
+
+    from launch.probe import Arguments
+
+    words = shlex.split(line)
+    arguments = tyro.cli(Arguments, args=at_root(words[words.index("probe") + 1 :]))
+    validate(TrainSettings, load_yaml(arguments.config), line)
+
+
+@pytest.mark.parametrize("line", ELASTIC)
+def test_elastic_trainings_are_recipes(line):
+    import tyro
+
+    from launch.train import Arguments, read_settings
+
+    words = shlex.split(line)
+    settings = read_settings(tyro.cli(Arguments, args=at_root(words[words.index(TRAIN) + 1 :])))
+    assert settings.elastic is not None
+    make_scheme(settings.scheme)
 
 
 @pytest.mark.parametrize("line", SCRIPTS)
@@ -176,7 +215,7 @@ def training_words(line: str, out: Path, changes: dict[str, str]) -> list[str]:
     if "--out" in words:
         at = words.index("--out")
         del words[at : at + 2]
-    words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
+    words = at_root(words)
     settings = [x for item in changes.items() for x in ("--set", "=".join(item))]
     return [*words, "--out", str(out), *settings]
 
@@ -204,7 +243,7 @@ def test_trainings_train(tmp_path):
 def test_members_train(tmp_path):
     (program,) = (b for p in PAGES for b in blocks(p) if b.notes.get("saved as") == "train.py")
     (tmp_path / "train.py").write_text(LOOP + program.program)
-    alone, respawning, first, second = map(shlex.split, those("python", "-m", "launch.members"))
+    alone, respawning, first, second = (shlex.split(x) for x in MEMBERS if x not in ELASTIC)
     assert set(alone) < set(first)  # so it need not be run too
     assert set(alone) | {"--respawn", "10"} == set(respawning)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -232,6 +271,10 @@ def test_members_train(tmp_path):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], told
+
+
+def at_root(words: list[str]) -> list[str]:
+    return [str(ROOT / word) if word.startswith("configs/") else word for word in words]
 
 
 def with_options(words: list[str], values: dict[str, str]) -> list[str]:

@@ -114,7 +114,9 @@ def test_dbw_tries_what_was_never_timed_place_by_place() -> None:
         for t in range(9):
             k = policy.choose()
             awaited.append(k)
-            policy.observe(result(k, loss=10.0, step=t, norm=10.0, mean=2.0))  # much noise, all equally fast
+            policy.observe(
+                result(k, loss=10.0, step=t, norm=10.0, mean=2.0)
+            )  # much noise, all equally fast
         return awaited[5:]
 
     assert tried(2) == [9, 10, 11, 12]
