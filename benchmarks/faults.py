@@ -15,10 +15,10 @@ import statistics
 from typing import Any
 
 import harness  # noqa: F401  (puts the repository on sys.path)
-from fault_figures import figures
-from losses import lose
+from losing.figures import figures
+from losing.losses import lose
+from losing.soak import soak
 from report import Result, Target, main
-from soak import soak
 
 KNOWN_S, REDONE_S = 0.1, 1.0  # targets after a kill
 GAP_S = 60.0  # the longest time without a step of a soak

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commkit
 from commkit import checkpoint
+from commkit.runtime.plain_metadata import PlainReader
 from tests.adapters import problem
 from tests.harness import run_ranks
 
@@ -187,7 +188,9 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_four_and_with_two(tmp_path: Pat
         assert all(torch.equal(first[name][key], second[name][key]) for key in first[name])
         saved = [
             checkpoint._read(
-                tmp_path / name, checkpoint._metadata(tmp_path / name), f"reducer/{rank:06d}/"
+                tmp_path / name,
+                PlainReader(tmp_path / name).read_metadata(),
+                f"reducer/{rank:06d}/",
             )
             for rank in range(4)
         ]
