@@ -33,8 +33,9 @@ def probe_pairs(
     """
     found: list[PairFound] = []
     for pairs in meetings(nodes):
-        told = comm.all_gather_object(_meet(comm, pairs, nodes, device, target_s, repeats))
-        found += [one for one in told if one is not None]
+        mine = _meet(comm, pairs, nodes, device, target_s, repeats)
+        told = comm.all_gather_object(None if mine is None else mine.model_dump())
+        found += [PairFound.model_validate(one) for one in told if one is not None]
     return found
 
 
