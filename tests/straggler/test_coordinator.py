@@ -392,7 +392,10 @@ def test_a_straggler_fast_forwards_into_the_round_under_way(coordinators: tuple[
     assert seen in (
         [0, 1, *between, *range(back, back + 3)] for between in ([], [last])
     )  # 4: if the news of round 31 took a while
-    assert runs[first].rank.skipped == last - len(seen) + 4
+    # Those that it was sent while it slept it passes over, gives up, or is too late for.
+    rank = runs[first].rank
+    assert rank.skipped + rank.abandoned + rank.dropped == last
+    assert rank.skipped >= last - 2
     for run in runs[first:]:
         assert_same(run.weights, runs[0].weights)
     _, reference = synchronous(len(records))
