@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,8 @@ from .options import SyncOptions
 from .replica import Replica
 from .transfer import Settle, Transfer
 from .units import Unit
+
+T = TypeVar("T")
 
 Ranks: TypeAlias = "dist.ProcessGroup | Comm | None"
 
@@ -328,6 +330,14 @@ class OuterSync:
             else:
                 self.newcomer, self.at_unit, self.late = False, None, False
                 return
+
+    def with_survivors(self, attempt: Callable[[], T]) -> T:
+        """What ``attempt`` returns. If ranks were lost in it, those that are left make it anew."""
+        while True:
+            try:
+                return attempt()
+            except RoundAborted as error:
+                self.survive(error)
 
     def survive(self, error: RoundAborted) -> None:
         """Raise ``error``, unless it came of a loss that the others survive together with this rank."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..metrics import StepStats
 from ..runtime.alarm import Alarm, NoAlarm
 from ..types import Comm
-from .base import OuterSync, Ranks, RoundAborted
+from .base import OuterSync, Ranks
 from .flat import WireDtype, check_wire_dtype, flat, full, parts
 from .options import SyncOptions
 from .peers import Peers
@@ -155,15 +155,11 @@ class Decentralised(OuterSync):
 
     def _merged(self) -> dict[str, Tensor]:
         """Means of parameters and buffers, by name; if ranks are lost that are missed, of those that are left."""
-        while True:
-            try:
-                if self.members is not None:
-                    self.members.catch_up()
-                return self._mean_of_all()
-            except RoundAborted as error:
-                self.survive(error)
+        return self.with_survivors(self._mean_of_all)
 
     def _mean_of_all(self) -> dict[str, Tensor]:
+        if self.members is not None:
+            self.members.catch_up()
         shared = {name: self.contribution(name) for name in self.replica.parameters}
         buffers = dict(self.replica.buffers) if self.options.average_buffers else {}
         floats = {n: b for n, b in buffers.items() if b.is_floating_point()}

@@ -18,7 +18,7 @@ from ..registry import spec
 from ..runtime.alarm import RankFailure
 from ..types import Comm
 from .anchors import OuterOptimizer
-from .base import OuterSync, Ranks, RoundAborted
+from .base import OuterSync, Ranks
 from .diloco import nesterov
 from .layers import layers_of
 from .options import SyncOptions
@@ -257,15 +257,11 @@ class EDiT(OuterSync):
         Returns:
             Whether no replica has data left; the round is over then.
         """
-        while True:
-            try:
-                if self.members is not None:
-                    self.members.catch_up()
-                return self._begin_once()
-            except RoundAborted as error:
-                self.survive(error)
+        return self.with_survivors(self._begin_once)
 
     def _begin_once(self) -> bool:
+        if self.members is not None:
+            self.members.catch_up()
         self._ripe = False
         steps = self.local_steps - self._began_at
         contributes = not self.exhausted or self.options.final_sync
@@ -344,12 +340,7 @@ class EDiT(OuterSync):
     def _advance(self, index: int) -> None:
         """Go on with the round until units up to ``index`` are synchronised, and some more begun."""
         start = time.perf_counter()
-        while True:
-            try:
-                self._go_on(index)
-                break
-            except RoundAborted as error:
-                self.survive(error)
+        self.with_survivors(lambda: self._go_on(index))
         if self._under_way and not self._pending and not self._in_flight:
             self._under_way, self._done, self.newcomer = False, 0, False
             self.was_reset = any(self._nonfinite)
