@@ -42,6 +42,7 @@ def _body(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=60),
         )
+        dist.barrier()  # a function without collectives may end while a peer still connects to this rank
         outcome = (rank, True, function(rank, world_size, *args))
     except BaseException:
         outcome = (rank, False, traceback.format_exc())
