@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.netlab import processes
+from launch.netlab.cores import cores_of, on_cores
 from launch.netlab.errors import DeadlineError
 from launch.netlab.network import Network
 
@@ -77,7 +78,7 @@ class Commands:
     def popen(
         self, node: int, words: Sequence[str], env: Mapping[str, str] | None = None, **options: Any
     ) -> "subprocess.Popen[Any]":
-        """Start a command on a node, in a session of its own.
+        """Start a command on a node, in a session of its own, on the node's share of this process's cores.
 
         Args:
             node: from 0.
@@ -86,12 +87,13 @@ class Commands:
             options: of ``subprocess.Popen``: ``cwd``, ``stdout``, ``text`` ...
         """
         self.check_node(node)
-        return subprocess.Popen(
-            self.network.command(node, words),
-            env={**os.environ, **self.environment(node), **(env or {})},
-            start_new_session=True,
-            **options,
-        )
+        with on_cores(cores_of(node, self.nodes, os.sched_getaffinity(0))):
+            return subprocess.Popen(
+                self.network.command(node, words),
+                env={**os.environ, **self.environment(node), **(env or {})},
+                start_new_session=True,
+                **options,
+            )
 
     def run_all(
         self,

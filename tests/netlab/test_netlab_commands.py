@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from launch.netlab import DeadlineError, Lab
 from launch.netlab import commands as commands_module
 from launch.netlab.capabilities import Capabilities
 from launch.netlab.commands import NodeResult
+from launch.netlab.cores import cores_of
 from tests.netlab.conftest import ROOT, namespaces
 
 LOOPBACK = {"nodes": 2, "link": "none"}
@@ -28,6 +30,29 @@ def test_every_node_has_its_own_environment(make_lab):
         assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lab0"
         assert environment["RDZV_ENDPOINT"] == f"10.77.0.100:{environment['MASTER_PORT']}"
         assert environment["OMP_NUM_THREADS"] == environment["MINE"] == "1"
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_nodes_share_cores_out_evenly(nodes, cores):
+    every = {2 * core + 1 for core in range(cores)}
+    shares = [cores_of(node, nodes, every) for node in range(nodes)]
+    users = [sum(core in share for share in shares) for core in every]
+    assert max(users) - min(users) <= 1
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    if cores >= nodes:
+        assert users == [1] * cores
+
+
+def test_a_node_runs_on_its_cores_and_this_process_on_all():
+    before = os.sched_getaffinity(0)
+    words = [sys.executable, "-c", "import os; print(*os.sched_getaffinity(0))"]
+    with Lab(**LOOPBACK) as lab:
+        results = lab.run_all(lambda node: words, 15)
+    assert [set(map(int, result.output.split())) for result in results] == [
+        cores_of(node, 2, before) for node in range(2)
+    ]
+    assert os.sched_getaffinity(0) == before
 
 
 def test_statuses_and_output_come_in_order_of_nodes():
