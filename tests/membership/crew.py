@@ -86,6 +86,10 @@ class Crew:
         os.kill(self._processes[rank].pid, number)
         return time.time()
 
+    def is_alive(self, rank: int) -> bool:
+        """Whether its process still runs."""
+        return bool(self._processes[rank].is_alive())
+
     def lose_store(self) -> None:
         """Its host ends."""
         del self._store
