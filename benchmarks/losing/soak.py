@@ -69,14 +69,21 @@ def soak(minutes: float, seed: int = 0) -> dict[str, Any]:
             while time.time() < until - PERIOD_S:
                 gone += (ended := [rank for rank in living if not crew.is_alive(rank)])
                 living.difference_update(ended)
-                kill = len(living) > FEWEST and (len(living) >= MOST or chance.random() < 0.5)
+                # The last to know the weights is never killed: that would be the end, as it should be.
+                training = living & _training(Path(folder))
+                kill = (
+                    len(living) > FEWEST
+                    and len(training) > 1
+                    and (len(living) >= MOST or chance.random() < 0.5)
+                )
                 if kill:
                     victim = chance.choice(sorted(living))
                     crew.signal(victim, signal.SIGKILL)
                     living.remove(victim)
-                else:
+                    events["killed"] += 1
+                elif len(living) < MOST:
                     living.add(crew.start())
-                events["killed" if kill else "started"] += 1
+                    events["started"] += 1
                 time.sleep(PERIOD_S)
             how = Counter[str]()
             for rank in sorted(living.union(gone)):
@@ -87,6 +94,13 @@ def soak(minutes: float, seed: int = 0) -> dict[str, Any]:
         | {f"ended {end}": count for end, count in how.items()}
         | _judged(logs, started, until)
     )
+
+
+def _training(folder: Path) -> set[int]:
+    """Ranks that made the last step, or the one before."""
+    last = {int(path.name): rows[-1][1] for path in folder.iterdir() if (rows := _lines(path))}
+    newest = max(last.values(), default=0)
+    return {rank for rank, number in last.items() if number >= newest - 1}
 
 
 def _end_of(crew: Crew, rank: int) -> str:
