@@ -113,11 +113,14 @@ def law_of(name: str, ranks_per_node: int = 1, inner: str = "", settings: str = 
         NoLawError: it is not one for steps or rounds of equal ranks, or follows no law.
     """
     knobs = {**MEASURED_WITH.get(inner or name, {}), **json.loads(settings)}
+    fragments = knobs.get("fragments")
+    if isinstance(fragments, int):  # of which a round has a multiple of steps
+        knobs.setdefault("sync_every", fragments * max(1, _LONGEST // fragments))
     if inner:
         knobs = {"scheme": {"name": inner, **knobs}, "local_size": ranks_per_node}
     made = make_scheme(name, knobs)
     if isinstance(made, OuterScheme):
-        knobs |= _short(made, knobs)
+        knobs = {**_short(made, knobs), **knobs}
         made = make_scheme(name, knobs)
         assert isinstance(made, OuterScheme)
         run = _rounds

@@ -11,7 +11,7 @@ size, links and times; and they are run, by ``launch/train.py`` as in any compar
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any
@@ -23,10 +23,11 @@ import yaml
 
 from commkit.advise import Question
 from commkit.config import ConfigError
+from commkit.cost.pace import Pace
 from commkit.cost.run import MEASURED_WITH
 from commkit.cost.scenario import LabPart, MethodPart, Scenario, load_scenario
 from commkit.cost.sharded import FSDP, is_sharded
-from commkit.cost.simulate import Outcome, SimulationError, Stage, simulate
+from commkit.cost.simulate import Outcome, Stage, simulate
 from commkit.cost.traffic import NoLawError, law_of
 from commkit.probe import Probe, load_probe
 from launch.compare import __main__ as comparison
@@ -40,6 +41,11 @@ PROBE_DEADLINE_S = 900.0
 # Validation is no part of what is compared.
 _SETTINGS = {"eval.every": 0, "eval.batches": 1}
 _FSDP = {"name": "qsdp", "weight_bits": 32, "gradient_bits": 32}  # FSDP itself, bit for bit
+
+_LEGEND = (
+    "Simulated: with the probe's times, its step being that of `noop`. Adjusted: with computing as slow as in the measured `noop`, "
+    "since what else the machine does changes from the probe to the runs."
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Row:
     Args:
         scheme, sync_every: which, and steps per round.
         simulated_s, measured_s: of a step; a mean where steps differ.
+        adjusted_s: simulated with computing as slow as in the comparison's own ``noop``, since what else a machine does
+            changes between a probe and a comparison.
         simulated_bytes, measured_bytes: that a rank sends per step.
         runs: that finished.
     """
@@ -70,11 +78,10 @@ class Row:
     simulated_bytes: float
     measured_bytes: float | None
     runs: int
+    adjusted_s: float | None = None
 
-    @property
-    def ratio(self) -> float | None:
-        """Simulated over measured time."""
-        return None if self.measured_s is None else self.simulated_s / self.measured_s
+    def over_measured(self, seconds: float | None) -> float | None:
+        return seconds / self.measured_s if seconds and self.measured_s else None
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -211,13 +218,20 @@ def probing(small: Scenario, lab: LabPart, out: Path) -> Callable[[Lab], None]:
     return probe
 
 
-def simulated(small: Scenario, probe: Probe) -> list[Outcome]:
-    """With the probe's times and links; the ``noop`` of a comparison is the probe's own step."""
+def simulated(small: Scenario, probe: Probe, slower: float = 1.0) -> list[Outcome]:
+    """With the probe's links, and its times as many times as long."""
     question = Question(probe)
-    try:
-        return simulate(small, question.pace, Stage(question.work, question.cluster))
-    except SimulationError as error:
-        raise ConfigError(str(error)) from None
+    work, cluster = question.work, question.cluster
+    stage = Stage(
+        replace(work, compute_s=slower * work.compute_s),
+        replace(cluster, send_cpu_s_per_byte=slower * cluster.send_cpu_s_per_byte),
+    )
+
+    def pace(scheme: str) -> Pace:
+        found = question.pace(scheme)
+        return Pace(slower * found.alone, slower * found.each)
+
+    return simulate(small, pace, stage)
 
 
 def conclude(
@@ -225,15 +239,21 @@ def conclude(
 ) -> str:
     """Write both down; returns the text of ``scenario.md``."""
     step = probe.compute.step_s
-    rows = [_row(NOOP, NOOP, step, 0.0, 1, trials)]
+    noop = _row(NOOP, NOOP, step, 0.0, 1, trials)
+    rows, names = [replace(noop, adjusted_s=noop.measured_s)], [NOOP]
     for method, one in zip(small.methods, simulated(small, probe), strict=True):
-        name = name_of(method)
-        rows.append(_row(name, one.scheme, one.step_s, one.bytes_per_step, one.sync_every, trials))
+        names.append(name_of(method))
+        row = _row(names[-1], one.scheme, one.step_s, one.bytes_per_step, one.sync_every, trials)
+        rows.append(row)
+    if noop.measured_s is not None:
+        again = simulated(small, probe, noop.measured_s / step)
+        rows[1:] = [
+            replace(row, adjusted_s=one.step_s) for row, one in zip(rows[1:], again, strict=True)
+        ]
     data = {"rows": [asdict(row) for row in rows], "notes": list(notes)}
     write_atomically(out / "scenario.json", json.dumps(data, indent=2) + "\n")
-    text = "\n\n".join([markdown(rows), *(f"- {note}" for note in notes)]) + "\n"
+    text = "\n\n".join([markdown(rows), _LEGEND, *(f"- {note}" for note in notes)]) + "\n"
     write_atomically(out / "scenario.md", text)
-    names = [row.scheme for row in rows]
     draw_beside(
         names,
         [row.simulated_s for row in rows],
@@ -245,15 +265,18 @@ def conclude(
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table. Of ``noop``, which sends nothing, the probe's own step is what was simulated."""
-    header = ["scheme", "H", "simulated [s/step]", "measured [s/step]", "simulated / measured"]
+    header = ["scheme", "steps in a round", "measured [s/step]", "simulated [s/step]"]
+    header += ["simulated / measured", "adjusted [s/step]", "adjusted / measured"]
     header += ["simulated [MB/step]", "measured [MB/step]"]
     cells = [
         [
             row.scheme,
             str(row.sync_every),
-            _number(row.simulated_s, ".4g"),
             _number(row.measured_s, ".4g"),
-            _number(row.ratio, ".2f"),
+            _number(row.simulated_s, ".4g"),
+            _number(row.over_measured(row.simulated_s), ".2f"),
+            _number(row.adjusted_s, ".4g"),
+            _number(row.over_measured(row.adjusted_s), ".2f"),
             _number(row.simulated_bytes / 1e6, ".4g"),
             _number(None if row.measured_bytes is None else row.measured_bytes / 1e6, ".4g"),
         ]

@@ -77,6 +77,8 @@ def test_what_is_simulated_has_the_probes_times_and_links(small):
         assert one.step_s == pytest.approx(probe.compute.step_s, rel=1e-3)
     slow = probe_of(link_mbit=1.0)
     assert all(o.step_s > slow.compute.step_s for o in beside.simulated(small[0], slow))
+    for one in beside.simulated(small[0], probe, slower=3.0):
+        assert one.step_s == pytest.approx(3 * probe.compute.step_s, rel=1e-3)
     # The scenario's own link and model do not matter there.
     assert simulate(small[0])[0].step_s != beside.simulated(small[0], probe)[0].step_s
 
@@ -114,6 +116,9 @@ def test_rounds_count_whole_and_the_first_does_not(small, tmp_path):
     rows = {row["scheme"]: row for row in told["rows"]}
     assert rows["noop"]["measured_s"] == 0.5 == rows["noop"]["simulated_s"]
     assert rows["ddp"]["measured_s"] == 2.0
+    assert (
+        rows["ddp"]["adjusted_s"] == rows["ddp"]["simulated_s"]
+    )  # noop took what it did in the probe
     assert rows["diloco"]["measured_s"] == pytest.approx(0.7)
     assert rows["diloco"]["measured_bytes"] == pytest.approx(1e5)
     assert rows["int8"]["runs"] == 0

@@ -223,6 +223,9 @@ def test_fragments_are_the_parts_of_a_round():
     four, eight = (round_of("streaming_diloco", 16, f'{{"fragments": {n}}}') for n in (4, 8))
     assert (len(four.parts), len(eight.parts)) == (4, 8)
     assert sum(share for share, _ in eight.parts) == pytest.approx(1)
+    law, shapes = law_of("streaming_diloco", settings='{"fragments": 8}'), lab_shapes()
+    sent = sum(one.payload for one in law.sent(shapes, 4))
+    assert sent == pytest.approx(4 * shapes.numel, rel=0.01)
 
 
 def test_pairs_do_not_wait_for_the_slowest_of_all():
