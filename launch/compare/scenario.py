@@ -250,7 +250,8 @@ def conclude(
         rows[1:] = [
             replace(row, adjusted_s=one.step_s) for row, one in zip(rows[1:], again, strict=True)
         ]
-    data = {"rows": [asdict(row) for row in rows], "notes": list(notes)}
+    notes = [*notes, *_load(out / "compare.json")]
+    data = {"rows": [asdict(row) for row in rows], "notes": notes}
     write_atomically(out / "scenario.json", json.dumps(data, indent=2) + "\n")
     text = "\n\n".join([markdown(rows), _LEGEND, *(f"- {note}" for note in notes)]) + "\n"
     write_atomically(out / "scenario.md", text)
@@ -261,6 +262,17 @@ def conclude(
         out / "scenario.png",
     )
     return text
+
+
+def _load(comparison: Path) -> list[str]:
+    """What the machine had to do besides, as far as the comparison says."""
+    if not comparison.is_file():
+        return []
+    data = json.loads(comparison.read_text(encoding="utf-8"))
+    loads = [run["load"] for one in data["configurations"] for run in one["runs"]]
+    return [
+        f"load average before the runs: {min(loads):.1f} to {max(loads):.1f} on {data['machine']['cores']} cores"
+    ]
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -111,7 +111,11 @@ def test_rounds_count_whole_and_the_first_does_not(small, tmp_path):
         lambda s: 9.0 if s == 1 else 0.5 + 2.0 * (s % 10 == 0),
         lambda s: 1e6 * (s % 10 == 0),
     )
+    (tmp_path / "compare.json").write_text(
+        '{"machine": {"cores": 2}, "configurations": [{"runs": [{"load": 1.5}, {"load": 3}]}]}'
+    )
     text = beside.conclude(found, ["a note"], trials, probe_of(), tmp_path)
+    assert "load average before the runs: 1.5 to 3.0 on 2 cores" in text
     told = json.loads((tmp_path / "scenario.json").read_text())
     rows = {row["scheme"]: row for row in told["rows"]}
     assert rows["noop"]["measured_s"] == 0.5 == rows["noop"]["simulated_s"]
