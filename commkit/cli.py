@@ -1,6 +1,7 @@
 """The ``commkit`` command: ``probe``, ``advise``, ``compare``, ``simulate``, ``schemes`` and ``doctor``.
 
-``probe`` and ``compare`` are programs of a source checkout's ``launch/``, to which their arguments go as they are.
+``probe`` and ``compare`` are programs of a source checkout's ``launch/``, to which their arguments go as they are; so is
+the lab of ``simulate``.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .advise import Question
+from .advise import Options, Question
 from .advise import advise as take_advice
 from .advise import lines as advice_lines
 from .config import ConfigError
@@ -25,7 +26,11 @@ from .probe import load_probe
 from .tables import aligned
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
-_PROGRAMS = {"probe": "launch.probe", "compare": "launch.compare.__main__"}
+_PROGRAMS = {
+    "probe": "launch.probe",
+    "compare": "launch.compare.__main__",
+    "simulate --lab": "launch.compare.scenario",
+}
 _USAGE = """\
 usage: commkit COMMAND ...
 
@@ -49,36 +54,14 @@ class Schemes:
     """Print a JSON list in place of a table."""
 
 
-@dataclass(frozen=True)
-class Advise:
+@dataclass(frozen=True, kw_only=True)
+class Advise(Options):
     """Predict every scheme's step time, and recommend one, several, or none."""
 
     probe: Path
     """What `commkit probe` wrote."""
-    model_size: str | None = None
-    """Parameters, such as 7B; the probe's model if not given."""
-    nodes: int | None = None
-    """The probe's if not given."""
-    ranks_per_node: int | None = None
-    """The probe's if not given."""
-    link: str | None = None
-    """Nominal rate of a node, such as 1gbit; what was measured if not given."""
-    latency: str | None = None
-    """One way between nodes, such as 1ms; what was measured if not given."""
-    memory: str | None = None
-    """Of a rank, such as 80GB; what was found if not given."""
-    step_seconds: float | None = None
-    """Of compute; what was measured, in proportion to the model's size, if not given."""
-    shards: int = 1
-    """Ranks of a node that hold one replica together."""
-    bytes_per_parameter: float = 16.0
-    """That training keeps: weights, gradients, the optimizer's state."""
-    utilisation: float = 0.9
-    """Share of the time in which the model is to be computed."""
-    longest: int = 1024
-    """Steps per round of local updates at most."""
     schemes: str = ""
-    """To choose among, with commas; all that were timed if not given."""
+    """To choose among, with commas; if not given all that were timed, fsdp, backup and gradient_coding."""
     json: bool = False
     """Print a JSON object in place of a table."""
 
@@ -91,6 +74,9 @@ class Simulate:
     """YAML file; see configs/scenarios/."""
     plot: Path | None = None
     """Draw the outcome into this file, such as out.png."""
+    lab: Path | None = None
+    """Run it instead, as small as the file's `lab` says, on an emulated network of this machine (root, or user namespaces), and
+    write what is simulated there beside what is measured into this directory."""
     json: bool = False
     """Print a JSON list in place of a table."""
 
@@ -163,11 +149,11 @@ def advise(words: Sequence[str]) -> int:
         ConfigError: a file that is no probe, an unknown scheme, or nothing that fits.
     """
     asked = _tyro().cli(Advise, args=list(words), prog="commkit advise")
-    fields = {k: v for k, v in vars(asked).items() if k not in ("probe", "json", "schemes")}
+    options = {option.name: getattr(asked, option.name) for option in fields(Options)}
     chosen = [name.strip() for name in asked.schemes.split(",") if name.strip()]
     probe = load_probe(asked.probe)
     try:
-        question = Question(probe, schemes=chosen, **fields)
+        question = Question(probe, schemes=chosen, **options)
     except ConfigError:
         raise
     except ValueError as error:
@@ -177,7 +163,12 @@ def advise(words: Sequence[str]) -> int:
         rows = [
             {**asdict(row.prediction), "kind": row.kind, "fits": row.fits} for row in advice.rows
         ]
-        told = {"recommended": advice.recommended, "reason": advice.reason, "rows": rows}
+        told = {
+            "recommended": advice.recommended,
+            "reason": advice.reason,
+            "rows": rows,
+            "left_out": dict(advice.left_out),
+        }
         print(json.dumps(told, indent=2))
         return 0
     print(
@@ -191,6 +182,8 @@ def advise(words: Sequence[str]) -> int:
     print(f"\nRecommended: {advice.reason}.")
     if len(advice.recommended) > 1:
         print(f"As good within the error: {', '.join(advice.recommended[1:])}.")
+    for name, why in advice.left_out.items():
+        print(f"Not advised: {name}: {why}.")
     return 0
 
 
@@ -207,6 +200,12 @@ def simulate(words: Sequence[str]) -> int:
         args=list(words),
         prog="commkit simulate",
     )
+    if arguments.lab is not None:
+        if arguments.plot is not None or arguments.json:
+            raise ConfigError(
+                f"--lab {arguments.lab}: it writes scenario.json and pictures there; leave --plot and --json out"
+            )
+        return _program("simulate --lab", [str(arguments.scenario), "--out", str(arguments.lab)])
     scenario = load_scenario(arguments.scenario)
     outcomes = run_scenario(scenario)
     if arguments.plot is not None:

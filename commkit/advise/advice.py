@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from ..config import ConfigError
+from ..cost.coordinated import SCHEMES as COORDINATED
+from ..cost.coordinated import CoordinationError, predict_coordinated
 from ..cost.predict import Prediction, predict, smallest_sync_every
 from ..cost.rounds import round_of
+from ..cost.sharded import FSDP, is_sharded, predict_sharded
 from ..cost.traffic import Law, law_of
 from ..optim import OptimizerScheme
 from ..registry import names
 from ..schemes import make_scheme
-from .question import Question
+from .question import LEFT_OUT, Question
 
-Kind = Literal["plain", "every step", "optimizer", "local updates"]
+Kind = Literal["plain", "every step", "optimizer", "local updates", "sharded", "coordinator"]
 # What a scheme asks of a training run, least first.
-_LADDER: tuple[Kind, ...] = ("plain", "every step", "optimizer", "local updates")
+_LADDER: tuple[Kind, ...] = get_args(Kind)
 PLAIN = "ddp"
-WORTH = 1.1  # what a scheme has to gain over plain DDP
+BASES = {PLAIN: "plain DDP", FSDP: "plain FSDP"}  # "none", the first of them that fits memory
+WORTH = 1.1  # what a scheme has to gain over that
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,16 @@ class Advice:
     """
     Args:
         rows: all schemes, in the order of the ladder.
-        recommended: the first is the choice, others are as good within the error; ("ddp",) is "none".
+        recommended: the first is the choice, others are as good within the error; ("ddp",) is "none", and ("fsdp",) where
+            no rank has memory for a replica.
         reason: why, in a sentence or two.
+        left_out: schemes that were not asked for by name and have no row, and why.
     """
 
     rows: tuple[Row, ...]
     recommended: tuple[str, ...]
     reason: str
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def choice(self) -> Row:
@@ -68,8 +75,8 @@ class Advice:
 
     @property
     def is_none(self) -> bool:
-        """Whether plain DDP is best left alone."""
-        return self.recommended == (PLAIN,)
+        """Whether plain DDP, or FSDP, is best left alone."""
+        return self.recommended in ((PLAIN,), (FSDP,))
 
 
 def advise(question: Question) -> Advice:
@@ -77,15 +84,29 @@ def advise(question: Question) -> Advice:
     Raises:
         ConfigError: a scheme that does not exist or has no cost model, or nothing fits memory.
     """
-    candidates = list(dict.fromkeys([PLAIN, *question.candidates]))
-    rows = sorted((_row(name, question) for name in candidates), key=lambda row: row.rung)
+    rows, left_out = [], dict(LEFT_OUT)
+    for name in dict.fromkeys([PLAIN, *question.candidates]):
+        try:
+            rows.append(_row(name, question))
+        except CoordinationError as error:
+            if name in question.schemes:
+                raise ConfigError(f"schemes: {error}") from None
+            left_out[name] = str(error)
+    rows.sort(key=lambda row: row.rung)
+    smallest = min(rows, key=lambda row: row.prediction.memory_bytes)
+    if not smallest.fits:
+        raise ConfigError(
+            f"memory: {smallest.name} needs least, {smallest.prediction.memory_bytes / 1e9:.1f} GB per rank at "
+            f"bytes_per_parameter={question.bytes_per_parameter:g} and shards={question.shards}, more than "
+            f"{question.memory_bytes / 1e9:.1f} GB; raise --shards or --nodes, or give --memory of the machines that are meant"
+        )
     recommended, reason = choose(rows, question.utilisation)
-    return Advice(tuple(rows), recommended, reason)
+    return Advice(tuple(rows), recommended, reason, {} if question.schemes else left_out)
 
 
 def choose(rows: Sequence[Row], utilisation: float) -> tuple[tuple[str, ...], str]:
     """Names and a reason. Schemes that reach ``utilisation`` only become more as a link becomes faster, so the first of them
-    on the ladder never moves towards more compression then.
+    on the ladder never moves towards more compression then. Steps are compared by what of them is computed for the model.
 
     Raises:
         ConfigError: nothing fits memory.
@@ -93,17 +114,16 @@ def choose(rows: Sequence[Row], utilisation: float) -> tuple[tuple[str, ...], st
     fitting = sorted((row for row in rows if row.fits), key=lambda row: row.rung)
     if not fitting:
         raise ConfigError("memory: no scheme's state fits a rank beside the model; shard it")
-    fastest = min(fitting, key=lambda row: row.prediction.step_s)
-    plain = next((row for row in fitting if row.name == PLAIN), None)
-    if plain is not None:
-        gain = plain.prediction.step_s / fastest.prediction.step_s
-        if plain.reaches:
-            share = plain.prediction.utilisation
-            return (PLAIN,), f"none: plain DDP computes for {share:.0%} of the time already"
+    fastest = max(fitting, key=lambda row: row.prediction.utilisation)
+    base = next((row for name in BASES for row in fitting if row.name == name), None)
+    if base is not None:
+        plain, share = BASES[base.name], base.prediction.utilisation
+        gain = fastest.prediction.utilisation / share
+        if base.reaches:
+            return (base.name,), f"none: {plain} computes for {share:.0%} of the time already"
         if gain <= WORTH:
-            return (
-                PLAIN,
-            ), f"none: plain DDP; the fastest ({fastest.name}) would gain {gain - 1:.0%}"
+            told = f"none: {plain}; the fastest ({fastest.name}) would gain {gain - 1:.0%}"
+            return (base.name,), told
     reaching = [row for row in fitting if row.reaches]
     choice = reaching[0] if reaching else fastest
     alike = [
@@ -123,8 +143,9 @@ def choose(rows: Sequence[Row], utilisation: float) -> tuple[tuple[str, ...], st
             f"{choice.name}{_rounds(found)}: the fastest, but nothing computes for {utilisation:.0%} of the time "
             f"({found.utilisation:.0%}); {wait}"
         )
-    if plain is not None:
-        reason += f"; plain DDP takes {plain.prediction.step_s / found.step_s:.1f} times as long"
+    if base is not None:
+        slower = found.utilisation / base.prediction.utilisation
+        reason += f"; {BASES[base.name]} takes {slower:.1f} times as long"
     return (choice.name, *alike), reason
 
 
@@ -137,7 +158,22 @@ def _overlap(a: Row, b: Row) -> bool:
 
 
 def _row(name: str, question: Question) -> Row:
-    pace, work, cluster = question.probe.pace(name), question.work, question.cluster
+    found = _prediction(name, question)
+    return Row(
+        found,
+        kind_of(name),
+        found.memory_bytes <= question.memory_bytes,
+        found.utilisation >= question.utilisation,
+    )
+
+
+def _prediction(name: str, question: Question) -> Prediction:
+    kind, pace, work = kind_of(name), question.pace(name), question.work
+    if kind == "sharded":
+        return predict_sharded(name, pace, question.whole_work, question.whole_cluster)
+    cluster = question.cluster
+    if kind == "coordinator":
+        return predict_coordinated(name, work, cluster, question.probe.compute.spread)
     law = _law(name)
 
     def of_round(every: int) -> Prediction | None:
@@ -151,14 +187,8 @@ def _row(name: str, question: Question) -> Row:
             raise ConfigError(
                 f"scheme {name!r} has no round of up to {question.longest} steps; raise --longest, or leave it out"
             )
-    else:
-        found = predict(law, pace, work, cluster)
-    return Row(
-        found,
-        kind_of(name),
-        found.memory_bytes <= question.memory_bytes,
-        found.utilisation >= question.utilisation,
-    )
+        return found
+    return predict(law, pace, work, cluster)
 
 
 def _longest(predicted: Callable[[int], Prediction | None], longest: int) -> Prediction | None:
@@ -187,6 +217,10 @@ def kind_of(name: str) -> Kind:
     Raises:
         ConfigError: the scheme does not exist or has no cost model.
     """
+    if name in COORDINATED:
+        return "coordinator"
+    if is_sharded(name):
+        return "sharded"
     law = _law(name)
     if name == PLAIN:
         return "plain"

@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..cost.cluster import TCP_GOODPUT, Cluster, Link
 from ..cost.collectives import hops
+from ..cost.coordinated import SCHEMES as COORDINATED
+from ..cost.pace import Pace
 from ..cost.predict import Workload
 from ..cost.shapes import Shapes, transformer
+from ..cost.sharded import FSDP
 from ..cost.units import parse_bandwidth, parse_bytes, parse_count, parse_seconds
 from ..probe import Probe, ProbeError
 
 _NEAR = Link(1e10, 1e-5)  # between ranks of a node that no probe saw
+UNTIMED = (FSDP, *COORDINATED)  # schemes that compute nothing of their own
+DEFAULTS = (FSDP, "backup", "gradient_coding")  # of these, what is asked for if nothing is
+# Registered schemes without a row, and why.
+LEFT_OUT: Mapping[str, str] = {
+    "hsdp": "it is a scheme between replicas: ask with --shards",
+    "three_level": "its tiers are those of a mesh, which a probe does not know",
+    "async_local_sgd": "what it gains depends on workers' speeds: commkit simulate",
+    "dbw": "how many it awaits depends on gradients: see backup",
+}
 _SCALED = 0.2  # relative error of a step's time that is taken to grow with the model
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """In what the cluster and the model that are meant differ from a probe's, and what is wanted of them."""
+
+    model_size: str | None = None
+    """Parameters, such as 7B; the probe's model if not given."""
+    nodes: int | None = None
+    """The probe's if not given."""
+    ranks_per_node: int | None = None
+    """The probe's if not given."""
+    link: str | None = None
+    """Nominal rate of a node, such as 1gbit; what was measured if not given."""
+    latency: str | None = None
+    """One way between nodes, such as 1ms; what was measured if not given."""
+    memory: str | None = None
+    """Of a rank, such as 80GB; what was found if not given."""
+    step_seconds: float | None = None
+    """Of compute; what was measured, in proportion to the model's size, if not given."""
+    shards: int = 1
+    """Ranks of a node that hold one replica together. Schemes for sharded models take all ranks for one in any case."""
+    bytes_per_parameter: float = 16.0
+    """That training keeps: weights, gradients, the optimizer's state."""
+    utilisation: float = 0.9
+    """Share of the time in which the model is to be computed, above 0 and below 1."""
+    longest: int = 1024
+    """Steps per round of local updates at most."""
+
+
 @dataclass(frozen=True)
-class Question:
+class Question(Options):
     """
     Args:
         probe: of a cluster and a model.
-        model_size: parameters, such as "7B"; None: the probe's model.
-        nodes, ranks_per_node: None: the probe's.
-        link: nominal rate of a node, such as "1gbit"; None: what the probe measured.
-        latency: one way between nodes, such as "1ms"; None: what the probe measured.
-        memory: of a rank, such as "80GB"; None: what the probe found.
-        step_seconds: of compute; None: the probe's, in proportion to the model's size.
-        shards: ranks of a node that hold one replica together.
-        bytes_per_parameter: that training keeps: weights, gradients, the optimizer's state.
-        utilisation: share of the time in which the model is to be computed, in (0, 1).
-        longest: steps per round at most.
-        schemes: to choose among; none: all that the probe timed.
+        schemes: to choose among; none: all that the probe timed, and some that need no timing.
 
     Raises:
         ValueError: a value that is impossible; the message names it.
@@ -39,17 +69,6 @@ class Question:
     """
 
     probe: Probe
-    model_size: str | None = None
-    nodes: int | None = None
-    ranks_per_node: int | None = None
-    link: str | None = None
-    latency: str | None = None
-    memory: str | None = None
-    step_seconds: float | None = None
-    shards: int = 1
-    bytes_per_parameter: float = 16.0
-    utilisation: float = 0.9
-    longest: int = 1024
     schemes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -71,13 +90,19 @@ class Question:
                 f"shards={self.shards} must divide ranks_per_node={self._per_node}; a replica is sharded inside a node"
             )
         for one in self.schemes:
-            self.probe.pace(one)
-        self._check_memory()
-        _ = self.cluster
+            if one in LEFT_OUT:
+                raise ValueError(f"schemes: {one} is not advised: {LEFT_OUT[one]}")
+            self.pace(one)
+        _ = self.memory_bytes, self.work, self.cluster
 
     @property
     def candidates(self) -> Sequence[str]:
-        return self.schemes or [one.scheme for one in self.probe.compression]
+        timed = [one.scheme for one in self.probe.compression]
+        return self.schemes or [*timed, *DEFAULTS]
+
+    def pace(self, scheme: str) -> Pace:
+        """Nothing is computed where nothing was to be timed."""
+        return Pace(0.0, 0.0) if scheme in UNTIMED else self.probe.pace(scheme)
 
     @property
     def whole(self) -> Shapes:
@@ -93,13 +118,20 @@ class Question:
 
     @property
     def work(self) -> Workload:
-        """A rank's step."""
+        """A rank's step on a replica, or on its shard of one."""
+        whole = self.whole_work
+        shapes = whole.shapes.shard(self.shards) if self.shards > 1 else whole.shapes
+        return replace(whole, shapes=shapes)
+
+    @property
+    def whole_work(self) -> Workload:
+        """A rank's step where all ranks share one replica."""
         found, own = self.probe.compute, self.probe.model.shapes.numel
         ratio = self.whole.numel / own
         seconds = found.step_s * ratio if self.step_seconds is None else self.step_seconds
         guessed = self.step_seconds is None and self.model_size is not None
         return Workload(
-            self.whole.shard(self.shards) if self.shards > 1 else self.whole,
+            self.whole,
             seconds,
             min(1.0, found.backward_s / found.step_s),
             spread=found.spread + (_SCALED if guessed else 0.0),
@@ -109,16 +141,21 @@ class Question:
     @property
     def cluster(self) -> Cluster:
         """Of the ranks that reduce with each other: one of each replica."""
-        found = self.probe.cluster
-        link, local = self._link, self._local
+        whole, link = self.whole_cluster, self._link
         share = Link(link.bytes_per_second / self.shards, link.latency_s, link.spread)
+        return replace(whole, ranks_per_node=self._per_node // self.shards, link=share)
+
+    @property
+    def whole_cluster(self) -> Cluster:
+        """Of all ranks."""
+        found = self.probe.cluster
         on_cpu = found.device == "cpu"
         busy = found.contention if on_cpu and found.contention >= 1 else 0.0
         return Cluster(
             found.nodes if self.nodes is None else self.nodes,
-            self._per_node // self.shards,
-            share,
-            local,
+            self._per_node,
+            self._link,
+            self._local,
             backend="nccl" if found.backend == "nccl" else "gloo",
             compresses_beside=not on_cpu,
             send_cpu_s_per_byte=busy * self.probe.send_cpu_s_per_byte,
@@ -180,12 +217,3 @@ class Question:
             transfer = 1.0 / (one.bytes_per_second * ideal.transfer_s) if self.link is None else 1.0
             factors[one.op] = (one.latency_s / latency if latency else 1.0, transfer)
         return factors
-
-    def _check_memory(self) -> None:
-        needed = self.work.shapes.numel * self.bytes_per_parameter
-        if needed > self.memory_bytes:
-            raise ValueError(
-                f"memory: a replica of {self.whole.numel:,} parameters needs {needed / 1e9:.1f} GB per rank at "
-                f"bytes_per_parameter={self.bytes_per_parameter:g} and shards={self.shards}, more than "
-                f"{self.memory_bytes / 1e9:.1f} GB; raise --shards, or give --memory of the machines that are meant"
-            )

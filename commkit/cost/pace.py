@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,13 +14,15 @@ from ..optim import OptimizerScheme
 from ..outer import OuterScheme
 from ..reducer import Reducer
 from ..schemes import make_scheme
+from ..sharded import ShardedScheme
 from ..sim.mirror import MirrorComm, gradients_like
-from .run import MEASURED_WITH, run_rounds, run_steps, timed
+from .run import GATHERS, MEASURED_WITH, run_rounds, run_sharded, run_steps, timed
 
 SIDE, MATRICES = 512, 8  # two million elements: past the caches, as gradients are
 _WORLDS = (2, 8)
 _REPEATS = 3
 _STEPS_OF_ROUND = 24
+TIMED = (Reducer, OptimizerScheme, OuterScheme, ShardedScheme)  # kinds of schemes that can be
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ def pace_of(
     """Timed now, with the threads that torch has; the best of a few.
 
     Args:
-        name: a scheme for gradients; an optimizer that communicates, less the step of the one whose place it takes; or
-            a scheme for local updates, of which a round is timed less the steps.
+        name: a scheme for gradients; an optimizer that communicates, less the step of the one whose place it takes; a
+            scheme for local updates, of which a round is timed less the steps; or one for sharded models.
         device: of the gradients; None is the CPU.
     """
     told = tuple(sorted((knobs or {}).items()))
@@ -65,6 +68,8 @@ def _timed(name: str, knobs: tuple[tuple[str, Any], ...], device: str, threads: 
 
 def _best(name: str, knobs: Mapping[str, Any], device: str, world_size: int) -> float:
     made = make_scheme(name, knobs)
+    if isinstance(made, ShardedScheme):
+        return min(_sharded(made, device, world_size) for _ in range(_REPEATS))
     if isinstance(made, OuterScheme):
         return min(_round(name, knobs, device, world_size) for _ in range(_REPEATS - 1))
     shapes = {str(i): torch.Size((SIDE, SIDE)) for i in range(MATRICES)}
@@ -76,6 +81,16 @@ def _best(name: str, knobs: Mapping[str, Any], device: str, world_size: int) -> 
     if isinstance(made, OptimizerScheme):  # it takes the place of another one
         seconds = max(seconds - _plain_step(made.like, gradients), 0.0)
     return seconds
+
+
+def _sharded(made: ShardedScheme, device: str, world_size: int) -> float:
+    """Of a step: weights gathered twice, gradients scattered."""
+    if made.between is not None:
+        made = dataclasses.replace(made, local_size=1)
+    comm = MirrorComm(world_size)
+    side = SIDE * 2
+    ran = run_sharded(made, side, GATHERS, comm, torch.device(device))
+    return ran.seconds * MATRICES * SIDE**2 / side**2
 
 
 def _plain_step(like: str, gradients: Mapping[str, torch.Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 
 import torch
@@ -18,14 +19,15 @@ _LAYERS, _SIDE = 24, 128  # room for the factors of low-rank schemes
 
 
 @lru_cache(maxsize=1024)
-def round_of(name: str, sync_every: int | None = None) -> Round | None:
+def round_of(name: str, sync_every: int | None = None, settings: str = "{}") -> Round | None:
     """The units of a round and how long each may take; None if the method has no round of so many steps.
 
     Args:
         name: of a scheme with local updates.
         sync_every: None leaves the scheme's own.
+        settings: others of the scheme, as JSON.
     """
-    knobs = dict(MEASURED_WITH.get(name, {}))
+    knobs = {**MEASURED_WITH.get(name, {}), **json.loads(settings)}
     if sync_every is not None:
         knobs["sync_every"] = sync_every
     model = nn.Sequential(*(nn.Linear(_SIDE, _SIDE, bias=False) for _ in range(_LAYERS)))

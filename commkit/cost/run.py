@@ -18,6 +18,7 @@ from ..sim.mirror import Call, MirrorComm
 from ..types import SHARED, Comm
 
 STEPS = 2  # the second finds all state in place
+GATHERS = 2  # of weights in a step of FSDP: for forward and for backward
 # Settings under which the second step is one of the compressed stage.
 MEASURED_WITH: Mapping[str, Mapping[str, Any]] = {
     "onebit_adam": {"freeze_step": 1},
@@ -102,20 +103,22 @@ def run_rounds(
         return mark.ended(list(outer.kept_tensors()))
 
 
-def run_sharded(made: ShardedScheme, side: int, gathers: int, comm: Comm) -> Ran:
-    """One square parameter: its weights gathered so many times, its gradient scattered. ``side`` is a multiple of the
-    number of ranks."""
+def run_sharded(
+    made: ShardedScheme, side: int, gathers: int, comm: Comm, device: torch.device | None = None
+) -> Ran:
+    """One square parameter: its weights gathered so many times, its gradient scattered; what the scheme leaves to FSDP is
+    left out. ``side`` is a multiple of the number of ranks."""
     segments = (Segment("weight", side, side, comm.world_size),)
     shapes = {"weight": torch.Size((side, side))}
-    row = torch.randn(side * side // comm.world_size)
+    row = torch.randn(side * side // comm.world_size, device=device)
     out = row.new_empty(comm.world_size, row.numel())
     codec, exchange = made.gathering(shapes), made.scattering(shapes, comm)
-    assert codec is not None
-    assert exchange is not None
     mark = _Mark(comm, row.device)
-    for _ in range(gathers):
-        gather_into(out, row, segments, codec, comm, step=0)
-    exchange.mean_into(row, torch.randn(out.shape), segments, step=0)
+    if codec is not None:
+        for _ in range(gathers):
+            gather_into(out, row, segments, codec, comm, step=0)
+    if exchange is not None:
+        exchange.mean_into(row, torch.randn_like(out), segments, step=0)
     return mark.ended([])
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..config import ConfigError, load_yaml, validate
 from .cluster import Cluster, Link
-from .shapes import Shapes, transformer
+from .predict import Workload
+from .shapes import transformer
 from .units import parse_bandwidth, parse_count, parse_seconds
 
 Positive = Annotated[float, Field(gt=0)]
@@ -76,6 +77,43 @@ class MethodPart(_Part):
     scheme: str
     sync_every: Annotated[int, Field(ge=1)] | None = None
     """Steps of a round; None: the scheme's own."""
+    settings: dict[str, Any] = {}
+    """Of the scheme, such as ``fragments: 8``; as in a recipe."""
+    name: str | None = None
+    """What it is called here; None: as its scheme is."""
+
+    @property
+    def label(self) -> str:
+        return self.scheme if self.name is None else self.name
+
+
+class LabPart(_Part):
+    """The same scenario small: on an emulated network of one machine, one rank to a node, with a model that it can train.
+    What a lab cannot have (bursts of slowness, failures, log-normal latency) is left out there."""
+
+    nodes: Annotated[int, Field(ge=2)] = 2
+    rate: str = "100mbit"
+    """Low enough for the small model's transfers to take of a round what the large one's do."""
+    delay: str | None = None
+    """One way, added to what the machine's own network takes; needs netem. None: nothing is added."""
+    sync_every: Annotated[int, Field(ge=1)] = 8
+    """Steps of a round at most."""
+    rounds: Annotated[int, Field(ge=2)] = 4
+    """Of each run; the first is not counted."""
+    repeats: Annotated[int, Field(ge=1)] = 1
+    """Runs of each method."""
+    settings: dict[str, Any] = {}
+    """Of the recipe that every method trains, by dotted name, such as ``model.width: 128``."""
+
+    @field_validator("rate")
+    @classmethod
+    def _rate(cls, text: str) -> str:
+        parse_bandwidth(text, "rate")
+        return text
+
+    @property
+    def steps(self) -> int:
+        return self.rounds * self.sync_every
 
 
 class Scenario(_Part):
@@ -88,6 +126,8 @@ class Scenario(_Part):
     compute: ComputePart
     methods: Annotated[list[MethodPart], Field(min_length=1)]
     link: LinkPart = LinkPart()
+    backend: Literal["gloo", "nccl"] = "gloo"
+    """nccl is of GPUs, which send and compress beside their computing."""
     failures: FailurePart | None = None
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     memory_gb: Positive | None = None
@@ -95,6 +135,8 @@ class Scenario(_Part):
     bytes_per_parameter: Positive = 16
     """That training keeps: weights, gradients, the optimizer's state."""
     seed: int = 0
+    lab: LabPart | None = None
+    """How it runs in a lab; None: it does not."""
 
     @field_validator("model_size")
     @classmethod
@@ -103,8 +145,10 @@ class Scenario(_Part):
         return text
 
     @property
-    def shapes(self) -> Shapes:
-        return transformer(parse_count(self.model_size))
+    def work(self) -> Workload:
+        """Of a rank."""
+        shapes = transformer(parse_count(self.model_size))
+        return Workload(shapes, self.compute.seconds, bytes_per_parameter=self.bytes_per_parameter)
 
     @property
     def cluster(self) -> Cluster:
@@ -114,6 +158,8 @@ class Scenario(_Part):
             self.ranks_per_node,
             Link.of_rate(parse_bandwidth(self.link.rate), latency),
             Link.of_rate(parse_bandwidth(self.link.local_rate), min(latency, 1e-5)),
+            backend=self.backend,
+            compresses_beside=self.backend == "nccl",
         )
 
 
@@ -125,7 +171,7 @@ def load_scenario(path: str | Path) -> Scenario:
             fit a rank's memory.
     """
     scenario = validate(Scenario, load_yaml(path), str(path))
-    needed = scenario.shapes.numel * scenario.bytes_per_parameter / 1e9
+    needed = scenario.work.shapes.numel * scenario.bytes_per_parameter / 1e9
     if scenario.memory_gb is not None and needed > scenario.memory_gb:
         raise ConfigError(
             f"{path}: model_size={scenario.model_size} needs {needed:.1f} GB per rank at "

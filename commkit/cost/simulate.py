@@ -7,18 +7,22 @@ pairs. Only asynchronous workers, which queue for a server, are processes of Sim
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .cluster import Cluster
 from .collectives import Hops, hops
+from .coordinated import SCHEMES as COORDINATED
+from .coordinated import method_of, play, star_of
 from .pace import Pace
-from .predict import Prediction, Round, Workload, predict
+from .predict import ELEMENT, Prediction, Round, Workload, predict
 from .rounds import round_of
 from .scenario import MethodPart, Scenario
+from .sharded import is_sharded, predict_sharded
 from .traffic import law_of
 from .workers import Array, Workers
 
@@ -35,7 +39,7 @@ class Outcome:
     """One method.
 
     Args:
-        scheme, sync_every: which, and steps per round.
+        scheme, sync_every: what the scenario calls it, and steps per round.
         seconds: that all rounds took, on the clock of the slowest worker.
         step_s: of it, per step.
         sync_s: mean time that a worker is held up by a round's synchronisation, waiting for the slowest included.
@@ -60,60 +64,92 @@ class Outcome:
         return 1 - self.idle_share
 
 
-def simulate(scenario: Scenario, pace: Callable[[str], Pace] = lambda name: _FREE) -> list[Outcome]:
+@dataclass(frozen=True)
+class Stage:
+    """What a scenario is played on.
+
+    Args:
+        work: of a rank; its time is that of a middling one.
+        cluster: of all ranks.
+    """
+
+    work: Workload
+    cluster: Cluster
+
+
+def simulate(
+    scenario: Scenario,
+    pace: Callable[[str], Pace] = lambda name: _FREE,
+    stage: Stage | None = None,
+) -> list[Outcome]:
     """All methods of a scenario, on the same draws.
 
     Args:
         scenario: checked.
         pace: of a scheme's arithmetic; by default none is counted.
+        stage: in place of the scenario's own model, times and cluster.
 
     Raises:
         SimulationError: a scheme of another kind, or SimPy is missing where it is needed.
     """
-    return [_one(scenario, method, pace(method.scheme)) for method in scenario.methods]
+    stage = stage or Stage(scenario.work, scenario.cluster)
+    return [_one(scenario, stage, method, pace(method.scheme)) for method in scenario.methods]
 
 
-def _one(scenario: Scenario, method: MethodPart, pace: Pace) -> Outcome:
-    work = Workload(
-        scenario.shapes,
-        scenario.compute.seconds,
-        bytes_per_parameter=scenario.bytes_per_parameter,
-    )
-    cluster = scenario.cluster
+def _one(scenario: Scenario, stage: Stage, method: MethodPart, pace: Pace) -> Outcome:
+    work, cluster = stage.work, stage.cluster
+    if method.scheme in COORDINATED:
+        return _coordinated(scenario, stage, method)
+    sharded = is_sharded(method.scheme)
+    if method.settings and (sharded or method.scheme == SERVED):
+        raise SimulationError(
+            f"methods: {method.scheme!r} is simulated with its defaults; leave settings out"
+        )
     if method.scheme == SERVED:
-        return _served(scenario, method, cluster)
+        return _served(scenario, stage, method)
+    if sharded:
+        _require_no_rounds(method)
+        found = predict_sharded(method.scheme, pace, work, cluster)
+        return _together(scenario, stage, replace(found, scheme=method.label), None, [])
+    told = json.dumps(method.settings, sort_keys=True)
     try:
-        law = law_of(method.scheme)
+        law = law_of(method.scheme, settings=told)
     except ValueError as error:
         raise SimulationError(f"methods: {error}") from error
     plan = None
     if law.per_round:
-        plan = round_of(method.scheme, method.sync_every)
+        plan = round_of(method.scheme, method.sync_every, told)
         if plan is None:
             raise SimulationError(
                 f"methods: {method.scheme!r} has no rounds of sync_every={method.sync_every} steps; give another number"
             )
-    elif method.sync_every not in (None, 1):
-        raise SimulationError(
-            f"methods: {method.scheme!r} sends in every step, so sync_every={method.sync_every} must be left out"
-        )
-    found = predict(law, pace, work, cluster, plan)
+    else:
+        _require_no_rounds(method)
+    found = replace(predict(law, pace, work, cluster, plan), scheme=method.label)
     sent = law.sent(work.shapes, cluster.world_size)
     costs = [(one.count, hops(one.op, one.scope, one.payload, cluster)) for one in sent]
     if plan is not None and {one.op for one in sent} == {"exchange"}:
-        return _pairs(scenario, found, plan, costs)
-    return _together(scenario, found, plan, costs)
+        return _pairs(scenario, stage, found, plan, costs)
+    return _together(scenario, stage, found, plan, costs)
+
+
+def _require_no_rounds(method: MethodPart) -> None:
+    if method.sync_every not in (None, 1):
+        raise SimulationError(
+            f"methods: {method.scheme!r} sends in every step, so sync_every={method.sync_every} must be left out"
+        )
 
 
 def _together(
     scenario: Scenario,
+    stage: Stage,
     found: Prediction,
     plan: Round | None,
     costs: list[tuple[float, Hops]],
 ) -> Outcome:
     """Everybody waits for everybody."""
-    num, rounds = scenario.cluster.world_size, scenario.rounds
-    workers = Workers(scenario, num)
+    num, rounds = stage.cluster.world_size, scenario.rounds
+    workers = Workers(scenario, num, stage.work.compute_s)
     steps = found.sync_every
     computing = workers.rounds(rounds, steps)
     extra = np.zeros(rounds)
@@ -121,7 +157,8 @@ def _together(
         messages = count * h.messages
         extra += workers.slowest_messages(rounds, messages, h.link.latency_s)
         extra -= messages * h.link.latency_s
-    exposed = found.exposed_s if plan is None else found.sync_s
+    own_s = 0.0 if plan is None else _own_s(found, plan, stage.cluster)
+    exposed = found.exposed_s if plan is None else _away_s(found, stage.cluster)
     transfers = np.maximum(exposed + extra, 0.0)
     # Parts whose outcome is awaited at once are one; others begin evenly spread over the round.
     late = plan is not None and any(delay for _, delay in plan.parts)
@@ -130,7 +167,7 @@ def _together(
     wire_free = waited = 0.0
     for r in range(rounds):
         for share, delay in parts:
-            clock = clock + computing[r] / len(parts)
+            clock = clock + (computing[r] + own_s) / len(parts)
             wire_free = max(float(clock.max()), wire_free) + share * float(transfers[r])
             blocked = np.maximum(wire_free - clock - delay * computing[r] / steps, 0.0)
             clock = clock + blocked
@@ -138,6 +175,19 @@ def _together(
     seconds = float(clock.max())
     lost = _restarts(scenario, num, seconds, seconds / rounds)
     return _outcome(found, scenario, computing, seconds + lost, waited / rounds)
+
+
+def _own_s(found: Prediction, plan: Round, cluster: Cluster) -> float:
+    """Of a round, that takes the processors on which the model is computed."""
+    arithmetic = 0.0 if cluster.compresses_beside else found.compression_s
+    if all(delay == 0 for _, delay in plan.parts):  # nobody computes while messages are sent
+        return arithmetic
+    return arithmetic + cluster.send_cpu_s_per_byte * found.wire_bytes * found.sync_every
+
+
+def _away_s(found: Prediction, cluster: Cluster) -> float:
+    """Of a round, that goes on without them."""
+    return found.sync_s if cluster.compresses_beside else found.sync_s - found.compression_s
 
 
 def _restarts(scenario: Scenario, num: int, seconds: float, round_s: float) -> float:
@@ -152,23 +202,28 @@ def _restarts(scenario: Scenario, num: int, seconds: float, round_s: float) -> f
 
 
 def _pairs(
-    scenario: Scenario, found: Prediction, plan: Round, costs: list[tuple[float, Hops]]
+    scenario: Scenario,
+    stage: Stage,
+    found: Prediction,
+    plan: Round,
+    costs: list[tuple[float, Hops]],
 ) -> Outcome:
     """Random pairs wait for each other alone; one whose partner is down goes on by itself."""
-    num, rounds = scenario.cluster.world_size, scenario.rounds
-    workers = Workers(scenario, num)
+    num, rounds = stage.cluster.world_size, scenario.rounds
+    workers = Workers(scenario, num, stage.work.compute_s)
     computing = workers.rounds(rounds, found.sync_every)
     state = np.random.RandomState((scenario.seed + 3) % 2**32)
     latency = sum(count * h.messages for count, h in costs)
     median = costs[0][1].link.latency_s
-    fixed = found.sync_s - latency * median
+    own_s = _own_s(found, plan, stage.cluster)
+    fixed = _away_s(found, stage.cluster) - latency * median
     noise = workers.message(rounds, num // 2, median) * latency
-    delay_s = plan.parts[0][1] * scenario.compute.seconds
+    delay_s = plan.parts[0][1] * stage.work.compute_s
     clock = np.zeros(num)
     waited = np.zeros(rounds)
     fault = scenario.failures
     for r in range(rounds):
-        clock = clock + computing[r]
+        clock = clock + computing[r] + own_s
         down = np.zeros(num, dtype=np.bool_)
         if fault is not None:
             down = state.uniform(size=num) < 1 - np.exp(-computing[r] / fault.mean_seconds)
@@ -200,14 +255,48 @@ def _outcome(
     )
 
 
-def _served(scenario: Scenario, method: MethodPart, cluster: Cluster) -> Outcome:
+def _coordinated(scenario: Scenario, stage: Stage, method: MethodPart) -> Outcome:
+    """One rank coordinates the rounds, and those that are late or down in one are in the next again. All transfers pass
+    its link, at once."""
+    _require_no_rounds(method)
+    num, numel = stage.cluster.world_size, stage.work.shapes.numel
+    workers = Workers(scenario, num - 1, stage.work.compute_s)
+    times = workers.rounds(scenario.rounds, 1)
+    if scenario.failures is not None:
+        state = np.random.RandomState((scenario.seed + 4) % 2**32)
+        down = state.uniform(size=times.shape) < 1 - np.exp(-times / scenario.failures.mean_seconds)
+        times = times + down * scenario.failures.restart_seconds
+    try:
+        found = method_of(method.scheme, num - 1, method.settings)
+    except ValueError as error:
+        raise SimulationError(f"methods: {error}") from error
+    played = play(found, times, scenario.rounds)
+    star = star_of(numel, played.vectors, stage.cluster)
+    # Down and up, each as slow as its slowest message.
+    late = workers.slowest_messages(len(played.seconds), 2, stage.cluster.link.latency_s)
+    sync = star.at_once_s + float(late.mean()) - 2 * stage.cluster.link.latency_s
+    seconds = float(played.seconds.sum()) + sync * len(played.seconds)
+    step_s = seconds / played.jobs
+    useful = float(times.mean()) * played.used / num
+    return Outcome(
+        method.label,
+        1,
+        seconds,
+        step_s,
+        step_s - useful,
+        1 - useful / step_s,
+        ELEMENT * float(numel) * played.vectors,
+        star.link_bytes / stage.work.compute_s,
+    )
+
+
+def _served(scenario: Scenario, stage: Stage, method: MethodPart) -> Outcome:
     """Workers fetch weights from one server and push what they made of them, whenever they are done."""
     simpy = _simpy()
-    num, steps = cluster.world_size, method.sync_every or 50
-    workers = Workers(scenario, num)
+    num, steps = stage.cluster.world_size, method.sync_every or 50
+    workers = Workers(scenario, num, stage.work.compute_s)
     computing = workers.rounds(scenario.rounds, steps)
-    size = 4.0 * scenario.shapes.numel
-    link = cluster.link
+    size, link = ELEMENT * float(stage.work.shapes.numel), stage.cluster.link
     environment = simpy.Environment()
     inbound, outbound = simpy.Resource(environment), simpy.Resource(environment)
     waits: list[float] = []
@@ -232,14 +321,14 @@ def _served(scenario: Scenario, method: MethodPart, cluster: Cluster) -> Outcome
     seconds = float(environment.now)
     busy = float(computing.sum()) / (seconds * num)
     return Outcome(
-        method.scheme,
+        method.label,
         steps,
         seconds,
         seconds / (scenario.rounds * steps),
         float(np.mean(waits)),
         1 - busy,
         size / steps,
-        2 * num * size / (steps * scenario.compute.seconds),
+        2 * num * size / (steps * stage.work.compute_s),
     )
 
 

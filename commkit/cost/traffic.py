@@ -7,6 +7,7 @@ one whose traffic follows no such law is refused.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,23 +100,27 @@ class Law:
 
 
 @lru_cache(maxsize=256)
-def law_of(name: str, ranks_per_node: int = 1, inner: str = "") -> Law:
+def law_of(name: str, ranks_per_node: int = 1, inner: str = "", settings: str = "{}") -> Law:
     """The law of a registered scheme.
 
     Args:
         name: the scheme.
         ranks_per_node: matters to "hierarchical" alone.
         inner: there, the scheme between nodes.
+        settings: of the scheme, as JSON.
 
     Raises:
         NoLawError: it is not one for steps or rounds of equal ranks, or follows no law.
     """
-    knobs = dict(MEASURED_WITH.get(inner or name, {}))
+    knobs = {**MEASURED_WITH.get(inner or name, {}), **json.loads(settings)}
+    fragments = knobs.get("fragments")
+    if isinstance(fragments, int):  # of which a round has a multiple of steps
+        knobs.setdefault("sync_every", fragments * max(1, _LONGEST // fragments))
     if inner:
         knobs = {"scheme": {"name": inner, **knobs}, "local_size": ranks_per_node}
     made = make_scheme(name, knobs)
     if isinstance(made, OuterScheme):
-        knobs |= _short(name, made)
+        knobs = {**_short(made, knobs), **knobs}
         made = make_scheme(name, knobs)
         assert isinstance(made, OuterScheme)
         run = _rounds
@@ -134,9 +139,9 @@ def law_of(name: str, ranks_per_node: int = 1, inner: str = "") -> Law:
     return _fit(name, knobs, isinstance(made, OuterScheme), _whole_step(made), ran)
 
 
-def _short(name: str, made: OuterScheme) -> dict[str, Any]:
+def _short(made: OuterScheme, knobs: Mapping[str, Any]) -> dict[str, Any]:
     """Rounds that take no time to run."""
-    every = made(*_model(_SIDES[0])).sync_every
+    every = made(*_model(_SIDES[0], knobs)).sync_every
     return {"sync_every": _LONGEST} if every > _LONGEST else {}
 
 
@@ -159,11 +164,16 @@ def _steps(name: str, knobs: Mapping[str, Any], sides: Sides, world: int) -> Ran
 def _rounds(name: str, knobs: Mapping[str, Any], sides: Sides, world: int) -> Ran:
     made = make_scheme(name, knobs)
     assert isinstance(made, OuterScheme)
-    return run_rounds(made, _model(sides)[0], MirrorComm(world))
+    return run_rounds(made, _model(sides, knobs)[0], MirrorComm(world))
 
 
-def _model(sides: Sides) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = nn.Sequential(*(nn.Linear(columns, rows) for rows, columns in sides))
+def _model(sides: Sides, knobs: Mapping[str, Any]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """With as many layers as there are to be fragments; those beyond ``sides`` hold next to nothing."""
+    layers = [nn.Linear(columns, rows) for rows, columns in sides]
+    fragments = knobs.get("fragments")
+    if isinstance(fragments, int):
+        layers += [nn.Linear(1, 1, bias=False) for _ in range(fragments - len(sides))]
+    model = nn.Sequential(*layers)
     return model, torch.optim.SGD(model.parameters(), lr=1e-3)
 
 

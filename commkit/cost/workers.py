@@ -19,10 +19,14 @@ class Workers:
     Args:
         scenario: whose they are.
         num: workers.
+        compute_s: of a step on a middling one.
+
+    Attributes:
+        speeds: ``(num,)``, how many times as long as a middling one each takes.
     """
 
-    def __init__(self, scenario: Scenario, num: int) -> None:
-        self._scenario, self.num = scenario, num
+    def __init__(self, scenario: Scenario, num: int, compute_s: float) -> None:
+        self._scenario, self.num, self._compute_s = scenario, num, compute_s
         self._state = np.random.RandomState(scenario.seed % 2**32)
         spread = scenario.compute.spread
         self.speeds: Array = np.exp(spread * self._state.standard_normal(num))
@@ -34,7 +38,7 @@ class Workers:
         shape = (num_rounds, self.num)
         # The sum of many log-normal steps is as good as normal; of one it is itself.
         sigma = compute.jitter / steps**0.5
-        times: Array = compute.seconds * steps * np.exp(sigma * self._state.standard_normal(shape))
+        times: Array = self._compute_s * steps * np.exp(sigma * self._state.standard_normal(shape))
         if compute.stragglers is not None:
             slow = compute.stragglers
             bursts = Bursts(1.0, slow.enter, slow.leave, slow.slowdown, jitter=0.0)

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from ..comm import DistComm, require_group
-from ..cost.pace import pace_of
+from ..config import ConfigError
+from ..cost.pace import TIMED, pace_of
 from ..cost.run import MEASURED_WITH
 from ..schemes import make_scheme
 from ..version import __version__
@@ -21,11 +22,12 @@ from .machine import nodes_of, probe_cluster, probe_memory
 from .report import VERSION, CompressionFound, LinkFound, PairFound, Probe, model_found
 from .sweep import slowest
 
-# Of a round or of every step; those that `commkit advise` chooses among.
+# Of every step, of a round, of sharded models; those that `commkit advise` chooses among.
 SCHEMES = (
     *("ddp", "bf16", "int8", "int4", "sign", "powersgd", "topk"),
     *("onebit_adam", "dgc", "demo"),
     *("diloco", "streaming_diloco", "noloco", "co2", "edit", "dilocox"),
+    *("qsdp", "zeropp"),
 )
 
 
@@ -40,7 +42,7 @@ class Extent:
         schemes: whose compression is timed.
 
     Raises:
-        ConfigError: a scheme that does not exist.
+        ConfigError: a scheme that does not exist, or whose compression cannot be timed alone.
         ValueError: a value that is too small.
     """
 
@@ -56,7 +58,10 @@ class Extent:
         if not self.message_s > 0:
             raise ValueError(f"message_s={self.message_s} must be > 0; use for example 0.15")
         for name in self.schemes:
-            make_scheme(name, MEASURED_WITH.get(name, {}))
+            if not isinstance(make_scheme(name, MEASURED_WITH.get(name, {})), TIMED):
+                raise ConfigError(
+                    f"schemes: what {name!r} computes is not timed; leave it out (`commkit advise` says more about it)"
+                )
 
     @classmethod
     def short(cls) -> Extent:

@@ -20,6 +20,7 @@ from ..types import ByteCounter, ReduceOp
 
 T = TypeVar("T")
 _PATIENCE_S = 0.1
+_DIFFERENT = object()  # in place of an outcome: ranks do not make the same call
 
 
 class _Group:
@@ -27,6 +28,7 @@ class _Group:
         self.world_size = world_size
         self.barrier = threading.Barrier(world_size, timeout=timeout_s)
         self.slots: list[Any] = [None] * world_size
+        self.outcome: Any = None  # of the call that is under way, for all ranks
         self.timeout_s = timeout_s
         self.parts: list[_Group] = []
         # What is on its way, by (sender, receiver, tag).
@@ -67,20 +69,16 @@ class ThreadComm:
         return self._bytes
 
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
-        gathered = self._exchange(("all_reduce", x.shape, x.dtype, op), x.clone())
-        total = gathered[0].clone()
-        for other in gathered[1:]:
-            if op == "sum":
-                total += other
-            else:
-                total = torch.maximum(total, other) if op == "max" else torch.minimum(total, other)
+        call = ("all_reduce", x.shape, x.dtype, op)
+        total = self._exchange(call, x.clone(), lambda values: _reduced(values, op))
         self._count("all_reduce", nbytes(x), all_reduce_wire_bytes(nbytes(x), self.world_size))
         return x.copy_(total)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        gathered = self._exchange(("all_gather", x.shape, x.dtype), x.clone())
+        gathered = self._exchange(("all_gather", x.shape, x.dtype), x.clone(), torch.stack)
         self._count("all_gather", nbytes(x), (self.world_size - 1) * nbytes(x))
-        return torch.stack(gathered)
+        own: Tensor = gathered.clone()
+        return own
 
     def all_to_all(
         self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
@@ -143,23 +141,38 @@ class ThreadComm:
             self._parts[label, own] = part
         return self._parts[label, own]
 
-    def _exchange(self, call: tuple[Any, ...], value: Any) -> list[Any]:
-        """Everybody's value. Ranks that make different calls are told, where a real group would hang."""
+    def _exchange(
+        self, call: tuple[Any, ...], value: Any, combine: Callable[[list[Any]], Any] = list
+    ) -> Any:
+        """What ``combine`` makes of everybody's values, in rank order: one object for all, made once, so that many ranks
+        cost no more than their number. Ranks that make different calls are told, where a real group would hang."""
         group = self._group
         group.slots[self._rank] = (call, value)
         group.barrier.wait()
-        slots = list(group.slots)
+        if self._rank == 0:
+            alike = all(other == call for other, _ in group.slots)
+            group.outcome = combine([value for _, value in group.slots]) if alike else _DIFFERENT
         group.barrier.wait()  # nobody may overwrite a slot that is still being read
-        for rank, (other, _) in enumerate(slots):
-            if other != call:
-                raise RuntimeError(
-                    f"rank {self._rank} calls {call} while rank {rank} calls {other}"
-                )
-        return [value for _, value in slots]
+        outcome = group.outcome
+        if outcome is _DIFFERENT:
+            rank, other = next((r, o) for r, (o, _) in enumerate(group.slots) if o != call)
+            raise RuntimeError(f"rank {self._rank} calls {call} while rank {rank} calls {other}")
+        return outcome
 
     def _count(self, op: str, payload_bytes: int, wire_bytes: int) -> None:
         if self.world_size > 1:
             self._bytes.add(self._label + op, payload_bytes, wire_bytes, 0.0)
+
+
+def _reduced(values: list[Tensor], op: ReduceOp) -> Tensor:
+    """In the order of ``values``."""
+    total = values[0].clone()
+    for other in values[1:]:
+        if op == "sum":
+            total += other
+        else:
+            total = torch.maximum(total, other) if op == "max" else torch.minimum(total, other)
+    return total
 
 
 def run_threads(

@@ -8,7 +8,7 @@ Plain DDP and the no-communication bound always run along. ``DIR`` gets ``compar
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -128,8 +128,13 @@ def prepare(arguments: Arguments) -> list[plan.Trial]:
     return trials
 
 
-def run(arguments: Arguments, trials: Sequence[plan.Trial]) -> int:
-    """Build the lab, run the trials, write the report; returns the exit status."""
+def run(
+    arguments: Arguments,
+    trials: Sequence[plan.Trial],
+    begin: Callable[[Lab], None] = lambda lab: None,
+) -> int:
+    """Build the lab, run the trials, write the report; returns the exit status. ``begin`` has the lab before the trials
+    do."""
     lab = Lab(
         arguments.nodes,
         arguments.link,
@@ -145,6 +150,7 @@ def run(arguments: Arguments, trials: Sequence[plan.Trial]) -> int:
     try:
         with lab:
             print(lab.describe(), file=sys.stderr)
+            begin(lab)
             executor = Executor(
                 lab,
                 arguments.steps,

@@ -69,6 +69,30 @@ def _times(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
+def draw_beside(
+    names: Sequence[str],
+    simulated: Sequence[float],
+    measured: Sequence[float | None],
+    path: Path,
+) -> None:
+    """Seconds per step of each method, simulated and measured, one above the other.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    figure = _figure(9, 0.6 * len(names) + 1.5)
+    axes = figure.subplots()
+    places = range(len(names))
+    axes.barh([p - 0.2 for p in places], simulated, 0.38, label="simulated")
+    axes.barh([p + 0.2 for p in places], [s or 0.0 for s in measured], 0.38, label="measured")
+    axes.set_yticks(list(places), list(names))
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds per step")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def _milliseconds(row: Row, name: str) -> float:
     return (row.middle(name) or 0.0) * 1e3
 

@@ -20,7 +20,7 @@ from commkit.cost.rounds import round_of
 from commkit.cost.run import run_steps
 from commkit.cost.scenario import Scenario, load_scenario
 from commkit.cost.shapes import shapes_of, transformer
-from commkit.cost.simulate import simulate
+from commkit.cost.simulate import Stage, simulate
 from commkit.cost.traffic import NoLawError, law_of
 from commkit.cost.units import parse_bandwidth, parse_bytes, parse_count, parse_seconds
 from commkit.schemes import make_scheme
@@ -187,12 +187,45 @@ def scenario(**fields):
 
 def test_a_simulation_without_chance_is_the_prediction():
     given = scenario(methods=[{"scheme": "ddp"}, {"scheme": "diloco", "sync_every": 20}])
-    work = Workload(given.shapes, 0.5)
+    work = given.work
     for one in simulate(given):
         plan = round_of("diloco", 20) if one.scheme == "diloco" else None
         found = predict(law_of(one.scheme), FREE, work, given.cluster, plan)
         assert one.step_s == pytest.approx(found.step_s, rel=1e-6)
         assert one.idle_share == pytest.approx(1 - found.utilisation, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["int8", "diloco", "co2"])
+def test_a_simulation_is_the_prediction_on_any_stage(name):
+    """Also where arithmetic and sending take the processors on which the model is computed."""
+    every = None if name == "int8" else 20
+    given = scenario(methods=[{"scheme": name, "sync_every": every}])
+    busy = replace(of_nodes(4, Link(2e6, 1e-3)), send_cpu_s_per_byte=1e-8)
+    stage, pace = Stage(Workload(lab_shapes(), 0.5), busy), Pace(2e-9, 1e-10)
+    (one,) = simulate(given, lambda scheme: pace, stage)
+    plan = None if every is None else round_of(name, every)
+    found = predict(law_of(name), pace, stage.work, busy, plan)
+    assert one.step_s == pytest.approx(found.step_s, rel=1e-6)
+    assert one.idle_share == pytest.approx(1 - found.utilisation, rel=1e-6)
+
+
+def test_settings_are_the_schemes_and_a_name_tells_methods_apart():
+    methods = [
+        {"scheme": "diloco", "sync_every": 20},
+        {"scheme": "diloco", "sync_every": 20, "name": "eight", "settings": {"reducer": "int8"}},
+    ]
+    dense, eight = simulate(scenario(methods=methods))
+    assert (dense.scheme, eight.scheme) == ("diloco", "eight")
+    assert eight.bytes_per_step == pytest.approx(dense.bytes_per_step / 4, rel=0.05)
+
+
+def test_fragments_are_the_parts_of_a_round():
+    four, eight = (round_of("streaming_diloco", 16, f'{{"fragments": {n}}}') for n in (4, 8))
+    assert (len(four.parts), len(eight.parts)) == (4, 8)
+    assert sum(share for share, _ in eight.parts) == pytest.approx(1)
+    law, shapes = law_of("streaming_diloco", settings='{"fragments": 8}'), lab_shapes()
+    sent = sum(one.payload for one in law.sent(shapes, 4))
+    assert sent == pytest.approx(4 * shapes.numel, rel=0.01)
 
 
 def test_pairs_do_not_wait_for_the_slowest_of_all():
@@ -221,7 +254,7 @@ def test_asynchronous_workers_queue_for_their_server():
     few, many = (simulate(scenario(nodes=n, methods=methods))[0] for n in (2, 64))
     assert few.idle_share < many.idle_share
     # The server's port carries every push: that bounds the time.
-    port = 4.0 * scenario().shapes.numel / scenario().cluster.link.bytes_per_second
+    port = 4.0 * scenario().work.shapes.numel / scenario().cluster.link.bytes_per_second
     assert many.seconds >= 64 * 10 * port
 
 

@@ -7,6 +7,7 @@ What is checked and not run, and why:
 ``pip install``             would change the environment that the tests run in; extras are compared with pyproject.toml, and
                             tests/packaging installs what is built
 ``commkit compare``         needs network namespaces, and minutes; its arguments and all of its trials are checked
+``commkit simulate --lab``  likewise
 ``launch/*.sh``, torchrun   the line's program is run by ranks of this test; each script is run with a program that writes
                             down how it was called in place of Python (tests/launchers runs them all for real)
 ``transport=mpi``           needs mpirun; the recipe is checked, and trained over gloo (tests/straggler has MPI)
@@ -125,7 +126,24 @@ def test_comparisons_are_planned(line, monkeypatch, tmp_path):
     assert len(trials) >= 2 * arguments.seeds
 
 
-@pytest.mark.parametrize("line", those("commkit", "simulate"))
+IN_LAB = [line for line in those("commkit", "simulate") if "--lab" in shlex.split(line)]
+
+
+@pytest.mark.parametrize("line", IN_LAB)
+def test_scenarios_are_planned_for_the_lab(line, monkeypatch, tmp_path):
+    from launch.compare import __main__ as comparison
+    from launch.compare import scenario
+
+    asked = []
+    monkeypatch.setattr(comparison, "run", lambda *arguments: asked.append(arguments) or 130)
+    monkeypatch.setattr(scenario, "enter_if_needed", lambda words: None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(at_root(shlex.split(line)[1:])) == 130
+    ((_, trials, _),) = asked
+    assert {trial.configuration.name for trial in trials} > {"ddp", "noop"}
+
+
+@pytest.mark.parametrize("line", sorted(set(those("commkit", "simulate")) - set(IN_LAB)))
 def test_scenarios_run(line, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert cli.main(at_root(shlex.split(line)[1:])) == 0
