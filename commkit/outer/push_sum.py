@@ -35,7 +35,8 @@ class PushSum(Gossip):
 
     where each rank deals itself and its peers shares p that add up to 1. That is all that is asked of a topology, so
     links may be one-way. ``sum(w)`` stays the number of ranks and ``sum(x)`` changes by training alone. A
-    message that is lost takes x and w along, and the ratio stays right. A rank that is not finite goes back to its last
+    message that is lost takes x and w along, and the ratio stays right. Where ranks may be lost and others join, the
+    first round of the new set scales all masses alike so that they add up to its size. A rank that is not finite goes back to its last
     round's z.
 
     A message is P elements and the mass, 8 bytes.
