@@ -38,8 +38,8 @@ def digest(model: nn.Module) -> float:
 
 
 def await_joiner(members: Elastic, epoch: int) -> None:
-    """Until a worker asks to be taken in, or has been, with ``epoch``: however slowly it starts, training is not over."""
-    members.agent.wait_for(lambda m: m.ledger.waiting or m.view.epoch >= epoch)
+    """Until a worker is to be taken in, with ``epoch``: however slowly it starts, training is not over."""
+    members.agent.wait_for(lambda m: m.view.epoch >= epoch)
 
 
 def die(number: signal.Signals = signal.SIGKILL) -> None:
