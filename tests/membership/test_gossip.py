@@ -17,6 +17,7 @@ from commkit.membership import Place, TrainingStopped
 from .crew import Crew
 from .training import QUICK, await_joiner, die, digest, loss_of, make_model
 
+pytestmark = pytest.mark.timeout(300)  # the first test makes the runs of all
 _SIZE, _STEPS = 4, 12
 _LOSS, _JOIN = 3, 8  # steps; rounds end with every second
 _STRIDE = 13
@@ -142,7 +143,7 @@ def _watched(method: Any) -> dict[int, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[dict[str, Any]]]:
     """By method, the results of the two or three that are left, and at last of the one that joined."""
-    with Crew(train_through, _SIZE, deadline_s=120.0) as crew:
+    with Crew(train_through, _SIZE, deadline_s=240.0) as crew:
         for at, name in enumerate(METHODS):
             if name != STOPS:
                 crew.wait_for(0, name)
