@@ -136,6 +136,10 @@ class StepHandle(KeepsState[Reducer]):
         """Nothing: steps are whole."""
         return False
 
+    def refusal(self, world_size: int) -> str:
+        """Nothing: what a scheme asks of the number of workers, its first group has told."""
+        return ""
+
     def shared_state_dict(self) -> StateDict:
         """What a worker that joins gets: all but what a rank has for itself."""
         return for_everybody(self.reducer.state_dict())

@@ -75,17 +75,20 @@ class Agent:
         with self._changed:
             self._require_part()
 
-    def require_epoch(self, epoch: int) -> None:
+    def require_epoch(self, epoch: int, complete: bool = False) -> None:
         """
         Raises:
             MembershipError: this worker takes no part any more.
-            ConnectionsCut: ``epoch`` is over.
+            ConnectionsCut: ``epoch`` is over; with ``complete``, or one of its members is done and gone.
         """
         with self._changed:
             self._require_part()
             view = self._member.view
             if view.epoch != epoch or not self._member.working:
                 raise ConnectionsCut(f"epoch {epoch} is over: {self._member.ledger.alarm}")
+            gone = [worker for worker in view.members if worker in self._member.ledger.left]
+            if complete and gone:
+                raise ConnectionsCut(f"worker {gone[0]} has left epoch {epoch}")
 
     def wired(self, view: View) -> Wiring:
         """For the connections of ``view``'s epoch; cut when it is over, also while they are made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,9 @@ class Attached(Stateful, Protocol):
 
     def catch_up(self) -> bool:
         """Do what the others are about to do in the middle of a step, after their state was received. False: nothing."""
+
+    def refusal(self, world_size: int) -> str:
+        """Why it cannot work among so many workers; empty if it can. The same on all; asked from another thread."""
 
 
 class Elastic(Session):
@@ -211,6 +215,11 @@ class Elastic(Session):
         own: dict[str, Stateful] = {"members": _Counter(self)}
         own |= {f"attached/{i}": each for i, each in enumerate(self._attached)}
         self._items = own | {f"state/{name}": item for name, item in state.items()}
+
+        def ask_methods(member: Member) -> None:
+            member.refuses = functools.cache(self._refusal)
+
+        self.agent.order(ask_methods)
         self._regroup()
         # All of them, whatever they find.
         self._number += any([attached.catch_up() for attached in self._attached])
@@ -278,6 +287,9 @@ class Elastic(Session):
     def _in_rounds(self) -> bool:
         return any(attached.rounds for attached in self._attached)
 
+    def _refusal(self, world_size: int) -> str:
+        return next(filter(None, (each.refusal(world_size) for each in self._attached)), "")
+
     def survives_block(self, error: BaseException) -> bool:
         """See :meth:`survive`. Between rounds there is nothing that a loss could make fail."""
         return not self._in_rounds and self.survive(error)
@@ -311,6 +323,10 @@ class Elastic(Session):
         """Form the group of the present epoch, and bring everything up to date."""
         while True:
             view = self._await_epoch()
+            refusal = self._refusal(len(view.members))
+            if refusal:  # at the start; later nobody proposes such an epoch
+                self._end(view.epoch, refusal)
+                continue
             try:
                 if view.epoch != self._formed:
                     self._form(view)
@@ -331,7 +347,9 @@ class Elastic(Session):
         if dist.is_initialized():
             dist.destroy_process_group()
         # Kept: torch knows only the part of it that is its own.
-        own = self._epoch_store = EpochStore(self._store, lambda: agent.require_epoch(epoch))
+        own = self._epoch_store = EpochStore(
+            self._store, lambda: agent.require_epoch(epoch, complete=True)
+        )
         rank, size = view.members.index(self._worker), len(view.members)
 
         def world() -> dist.ProcessGroup:
@@ -368,21 +386,25 @@ class Elastic(Session):
             RuntimeError: ``error`` itself, which has nothing to do with other workers.
             MembershipError: this worker takes no part any more.
         """
-        agent, causes = self.agent, list(_causes(error))
+        causes = list(_causes(error))
         for cause in causes:
             if isinstance(cause, MembershipError):
                 raise cause
-
-        def over(member: Member) -> bool:
-            return member.view.epoch != epoch or not member.working
-
         if any(isinstance(cause, CollectiveError) for cause in causes):
-            reason = f"worker {self._worker}: {error}"
-            agent.order(lambda m: m.fail(epoch, reason))
-        elif not any(isinstance(cause, StepGivenUp | ConnectionsCut) for cause in causes):
-            if not agent.wait_for(over, _NEWS_S):
-                raise error
-        agent.wait_for(over)
+            self._end(epoch, f"worker {self._worker}: {error}")
+        elif any(isinstance(cause, StepGivenUp | ConnectionsCut) for cause in causes):
+            self._await_end(epoch)
+        elif not self._await_end(epoch, _NEWS_S):
+            raise error
+
+    def _end(self, epoch: int, reason: str) -> None:
+        """See to it that ``epoch`` is over, if it is not yet, because of ``reason``."""
+        self.agent.order(lambda m: m.fail(epoch, reason))
+        self._await_end(epoch)
+
+    def _await_end(self, epoch: int, timeout_s: float | None = None) -> bool:
+        over = lambda m: m.view.epoch != epoch or not m.working
+        return self.agent.wait_for(over, timeout_s)
 
 
 class Step:

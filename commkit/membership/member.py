@@ -13,7 +13,7 @@ Nobody can have committed more, since a barrier that anybody has passed was ente
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .ledger import Ledger
 from .options import ElasticOptions
@@ -40,6 +40,7 @@ class Member:
         has_state: whether this worker has the training state.
         refused: why this worker does not belong to those who write to the log; empty if it does.
         forged: records that others wrote who do not belong to them. They have no effect.
+        refuses: why so many workers cannot train together; empty if they can. Equal on all workers from their first step on.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Member:
         self.committed = self.prepared = 0
         self.refused = ""
         self.forged = 0
+        self.refuses: Callable[[int], str] = lambda size: ""
         self._seal = Seal() if seal is None else seal
         self.has_state = False
         self._place = place
@@ -247,10 +249,20 @@ class Member:
         limit = self.options.step_limit_s
         if limit is not None and self._step_began is not None and now - self._step_began > limit:
             return f"a step took longer than step_limit_s={limit:g}"
-        for worker in self.ledger.waiting:
-            if not self._lost(worker, now):
-                return f"worker {worker} joins"
+        present = [w for w in self.ledger.view.members if w not in self.ledger.left]
+        for worker in self._taken_in(present, self._waiting(now)):
+            return f"worker {worker} joins"
         return None
+
+    def _waiting(self, now: float) -> list[str]:
+        return [w for w in self.ledger.waiting if not self._lost(w, now)]
+
+    def _taken_in(self, present: Sequence[str], arrived: Sequence[str]) -> Sequence[str]:
+        """As many of those who ``arrived`` as make a number that can train together; the others wait until somebody is
+        lost."""
+        counts = range(len(arrived), 0, -1)
+        fitting = (count for count in counts if not self.refuses(len(present) + count))
+        return arrived[: next(fitting, 0)]
 
     def _lost(self, worker: str, now: float) -> bool:
         if worker == self.worker:
@@ -271,12 +283,12 @@ class Member:
         ready = [w for w in present if w in ledger.ready]
         if any(not self._lost(w, now) for w in present if w not in ledger.ready):
             return None
-        arrived = [w for w in ledger.waiting if not self._lost(w, now)]
+        arrived = self._waiting(now)
         if view.epoch == 0:
             arrived.sort(key=ledger.waiting.__getitem__)
             if len(arrived) < self.world_size and now - self._began <= self.options.start_s:
                 return None
-        members = (*ready, *arrived)
+        members = (*ready, *self._taken_in(ready, arrived))
         sources = tuple(w for w in ready if ledger.ready[w] is not None)
         steps = [s for s in map(ledger.ready.get, sources) if s is not None]
         step = min(steps, default=view.step)
@@ -295,7 +307,14 @@ class Member:
         if not members or len(members) + done < options.min_workers:
             return f"{len(members)} workers are left, fewer than min_workers={options.min_workers}"
         if not sources and ledger.view.step > 0:
+            if all(
+                ledger.left.get(w, "lost") == "" for w in ledger.view.members if w not in members
+            ):
+                return "the others have done all steps, and are gone"
             return "no worker that is left has the training state"
+        refusal = self.refuses(len(members))
+        if refusal:
+            return f"{len(members)} workers are left, and {refusal}"
         again = (members, step) == (ledger.view.members, ledger.view.step)
         if again and ledger.tries >= options.max_tries:
             return f"{len(members)} workers tried step {step + 1} max_tries={options.max_tries} times: {ledger.alarm}"

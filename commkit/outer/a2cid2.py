@@ -13,7 +13,7 @@ from ..registry import spec
 from ..types import Comm
 from .acid import AD_PSGD, AcidCoefficients, AcidState
 from .base import Ranks
-from .decentralised import NOBODY, Decentralised
+from .decentralised import NOBODY, Decentralised, refusal_of
 from .flat import WireDtype, flat, for_wire, parts
 from .matching import draw_pairs, meeting_rates
 from .options import SyncOptions
@@ -94,6 +94,9 @@ class A2CiD2(Decentralised):
             "seed": self.seed,
         }
 
+    def refusal(self, world_size: int) -> str:
+        return refusal_of(lambda: self._check(self.topology.mixing(world_size)))
+
     def lay_out(self, ranks: tuple[int, ...]) -> None:
         """
         Raises:
@@ -103,15 +106,18 @@ class A2CiD2(Decentralised):
             self.mixing = self.topology.mixing(len(ranks))
         else:
             self.mixing = self.mixing.without(set(self.mixing.ranks) - set(ranks))
-        if not self.mixing.symmetric:
-            raise ValueError(
-                f"topology={spec(self.topology)} has one-way links, and a meeting takes two; use an undirected one"
-            )
+        self._check(self.mixing)
         coefficients = self._given or _of(self.mixing, self.seed, self.sync_every)
         if self.acid is None:
             live = [self.replica.live(name) for name in self.replica.parameters]
             self.acid = AcidState(live, coefficients)
         self.acid.coefficients = coefficients
+
+    def _check(self, mixing: Mixing) -> None:
+        if not mixing.symmetric:
+            raise ValueError(
+                f"topology={spec(self.topology)} has one-way links, and a meeting takes two; use an undirected one"
+            )
 
     # An inner step: mix, and let x~ move as x does.
 
@@ -186,6 +192,11 @@ class A2CiD2(Decentralised):
     def _state(self) -> AcidState:
         assert self.acid is not None
         return self.acid
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.members is not None:  # who joins begins with another's weights
+            self._start_at(state["weights"])
 
     def own_state(self) -> dict[str, Any]:
         return {"copies": self._state.state_dict()}

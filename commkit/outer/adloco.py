@@ -242,13 +242,21 @@ class AdLoCo(DiLoCo):
     def carry_out(self, transfer: Transfer, comm: Comm) -> None:
         self._request = None
         if self._gradients is not None and not self._finishing:
-            if self._blind:
+            if self._blind and not self.newcomer:
                 raise RuntimeError(
                     "no parameter has a gradient after the last step of a round, so the batch test sees nothing; "
                     "call zero_grad() after optimizer.step() has returned, or before backward"
                 )
-            self._request = self.test.request(self._gradients, self._plan.samples, comm)
+            if self._all_have_gradients(comm):
+                self._request = self.test.request(self._gradients, self._plan.samples, comm)
         super().carry_out(transfer, comm)
+
+    def _all_have_gradients(self, comm: Comm) -> bool:
+        """No replica has joined in this round; where none can, nobody is asked. Collective over ``comm`` else."""
+        if self.members is None:
+            return True
+        seeing = torch.tensor([float(not self.newcomer)], device=self.replica.device)
+        return bool(comm.all_reduce(seeing, "min"))
 
     def perform_sync(self) -> None:
         super().perform_sync()
@@ -396,6 +404,8 @@ class AdLoCo(DiLoCo):
         super().load_state_dict(state)
         self._ask_for(state["requested"])
         self.merges = [Merge(*fields) for fields in state["merges"]]
+        if self.members is not None:  # one trainer, of all who are there
+            return
         members = {int(trainer): list(ranks) for trainer, ranks in state["trainers"].items()}
         rank = self._private_comm.rank
         self.trainer = next(trainer for trainer, ranks in members.items() if rank in ranks)

@@ -128,6 +128,7 @@ class OuterSync:
         self.newcomer = False
         self.at_unit: int | None = None  # whose round is under way
         self.late = False  # that round is made anew where its outcome was to be used
+        self.merging = False  # all ranks make a mean together, between rounds
         self.units = self.make_units()
         self._group = process_group
         self._make_outer = outer_optimizer
@@ -165,6 +166,10 @@ class OuterSync:
     def round_comm(self, private: Comm) -> Comm:
         """The ranks that one round joins: all of ``private``, or a part of it. Collective over it."""
         return private
+
+    def refusal(self, world_size: int) -> str:
+        """Why the method cannot work with so many ranks; empty if it can. A function of the settings alone."""
+        return ""
 
     def settings(self) -> dict[str, Any]:
         """What else must be equal on all ranks, as plain data."""
@@ -529,13 +534,17 @@ class OuterSync:
                 "sync_every": self.sync_every,
                 **self.settings(),
                 "options": spec(dataclasses.replace(self.options, offload=False)),
-                "reducer": self.reducer.spec(),
+                "reducer": self.reducer_spec(),
                 **self.replica.fingerprint(),
                 # Who joins is given the others' position.
                 **(self.position() if self.members is None else {}),
             }, None
         except Exception as error:
             return {}, error
+
+    def reducer_spec(self) -> dict[str, Any]:
+        """What of the reducer must be equal on all ranks, as plain data."""
+        return self.reducer.spec()
 
     def _refuse_spanning_ddp(self) -> None:
         if not (self._group is None or isinstance(self._group, dist.ProcessGroup)):

@@ -27,6 +27,15 @@ NOBODY = Roster((0.0,))
 _COUNTER = "num_batches_tracked"
 
 
+def refusal_of(check: Callable[[], object]) -> str:
+    """What ``check`` says in its ValueError; empty if it raises none."""
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 class Decentralised(OuterSync):
     """Rounds are point-to-point exchanges; collectives are used when it starts, and to average the gradients
     of warm-up steps, and never in a round.
@@ -39,6 +48,9 @@ class Decentralised(OuterSync):
     A peer that is lost, or whose message holds an inf or NaN, is left out, its share going to oneself: see
     ``peers`` for who and how often. A replica that is not finite itself takes what its peers have, and its inner
     optimizer starts anew.
+
+    With ``members`` a round ends with one small all-reduce, as a peer that is lost makes all who are left make it anew;
+    call :meth:`merge` and what else all ranks call together outside of the loop's blocks then.
 
     Every rank saves its own :attr:`replica_state`. :meth:`state_dict` is the first rank's; a job of another
     size starts from its weights.
@@ -81,6 +93,7 @@ class Decentralised(OuterSync):
         )
         self.wire_dtype = wire_dtype
         self._donor: Mapping[str, Tensor] | None = None
+        self._finishing = False
         self.ranks: tuple[int, ...] = ()
 
     # What a method defines.
@@ -159,6 +172,9 @@ class Decentralised(OuterSync):
 
     def _mean_of_all(self) -> dict[str, Tensor]:
         if self.members is not None:
+            for transfer in self._in_flight:  # it is of these workers
+                self._wait(transfer)
+            self.merging = not self._finishing  # who joins in the last one comes to it by itself
             self.members.catch_up()
         shared = {name: self.contribution(name) for name in self.replica.parameters}
         buffers = dict(self.replica.buffers) if self.options.average_buffers else {}
@@ -178,6 +194,7 @@ class Decentralised(OuterSync):
             self.settle_outcome()
 
         self._finished(self.in_background(job, [message]))
+        self.merging = False
         total = outcome.pop("mass of this rank").view(())
         for name in shared:
             outcome[name] = outcome[name] / total
@@ -261,10 +278,14 @@ class Decentralised(OuterSync):
     @torch.no_grad()
     def finish(self) -> None:
         """Apply what is in flight and, if the options say so, merge."""
-        while self._in_flight:
-            self.receive()
-        if self.options.final_sync:
-            self.merge()
+        self._finishing = True
+        try:
+            while self._in_flight:
+                self.receive()
+            if self.options.final_sync:
+                self.merge()
+        finally:
+            self._finishing = False
 
     def roll_back(self, unit: Unit) -> None:
         """Without anchors, keep what there is: a later round may bring finite weights."""
@@ -272,12 +293,13 @@ class Decentralised(OuterSync):
             super().roll_back(unit)
 
     def settle_outcome(self) -> None:
-        """Where ranks may be lost, rounds count for all or for none: those that are left have to stay in the same round."""
+        """Where ranks may be lost, rounds count for all or for none: those that are left have to stay in the same round,
+        and a mean that some have mixed with a lost rank's and others without is nobody's."""
         if self.members is not None:
             self.members.settle_round(self._private_comm)
 
     def _open(self, private: Comm, alarm: Alarm | NoAlarm) -> None:
-        self.peers = Peers(private)
+        self.peers = Peers(private, complete=self.members is not None)
         self.ranks = tuple(range(private.world_size))
         self.lay_out(self.ranks)
         super()._open(private, alarm)

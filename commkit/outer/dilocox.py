@@ -117,6 +117,7 @@ class DiLoCoX(LateSync):
             master_weights=master_weights,
         )
         self.eager = eager
+        self._given_rank = self.rank
         self._outer = None if outer_optimizer is not None else (outer_lr, outer_momentum)
         self._schedule = self._schedule_of(adaptive_rank)
         self._steps_of_round = sync_every
@@ -145,8 +146,18 @@ class DiLoCoX(LateSync):
             **super().settings(),
             "eager": self.eager,
             "adaptive_rank": None if self._schedule is None else spec(self._schedule.rule),
-            "steps_of_round": self._steps_of_round,
+            "rank": self._given_rank,
         }
+
+    def position(self) -> dict[str, int]:
+        own = {"steps_of_round": self._steps_of_round}
+        return super().position() | own | ({} if self.rank is None else {"rank": self.rank})
+
+    def reducer_spec(self) -> dict[str, Any]:
+        spec_of = super().reducer_spec()
+        if self._low_rank is not None:  # which changes, and belongs to the position
+            del spec_of["aggregator"]["rank"]
+        return spec_of
 
     def due(self) -> list[Unit]:
         return [] if self.local_steps < self._round_ends else self.units
@@ -189,6 +200,10 @@ class DiLoCoX(LateSync):
     def roll_back(self, unit: Unit) -> None:
         super().roll_back(unit)
         self._offsets.clear()
+
+    def rebuild(self, process_group: Ranks) -> None:
+        self._progress, self._sent_progress = {}, {}  # shares among other ranks
+        super().rebuild(process_group)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..registry import spec
 from ..types import Comm
 from .base import Ranks
-from .decentralised import NOBODY, Decentralised
+from .decentralised import NOBODY, Decentralised, refusal_of
 from .flat import WireDtype, flat, for_wire, parts
 from .gossip_schedule import GossipSchedule
 from .options import SyncOptions
@@ -78,6 +78,9 @@ class Gossip(Decentralised):
             "gossip_steps": self.gossip_steps,
         }
 
+    def refusal(self, world_size: int) -> str:
+        return refusal_of(lambda: self.check_mixing(self.topology.mixing(world_size)))
+
     def lay_out(self, ranks: tuple[int, ...]) -> None:
         """
         Raises:
@@ -103,7 +106,8 @@ class Gossip(Decentralised):
 
     def due(self) -> list[Unit]:
         units = super().due()
-        if units and not self._takes_part():
+        # Where ranks may be lost all end a round together, who meets nobody in it too.
+        if units and self.members is None and not self._takes_part():
             self.round += 1  # rounds are numbered alike on all ranks
             return []
         return units

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..aggregators.robust_rules import check_num_faulty, decide
 from ..types import Comm, NonFiniteError
 from .base import Ranks
-from .decentralised import NOBODY, Decentralised
+from .decentralised import NOBODY, Decentralised, refusal_of
 from .flat import WireDtype, flat, for_wire, parts
 from .options import SyncOptions
 from .peers import tag_of
@@ -98,12 +98,18 @@ class MoNNA(Decentralised):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "num_faulty": self.num_faulty, "momentum": self.momentum}
 
+    def refusal(self, world_size: int) -> str:
+        return refusal_of(lambda: self._check(world_size))
+
     def lay_out(self, ranks: tuple[int, ...]) -> None:
         """
         Raises:
             ValueError: too many faulty for so many ranks.
         """
-        check_num_faulty("nearest", len(ranks), self.num_faulty)
+        self._check(len(ranks))
+
+    def _check(self, world_size: int) -> None:
+        check_num_faulty("nearest", world_size, self.num_faulty)
 
     # The momentum.
 

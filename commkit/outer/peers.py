@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..aggregators.health import are_finite
+from ..comm import CollectiveError
 from ..types import Comm
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Peers:
 
     Args:
         comm: used by :meth:`Comm.exchange` alone.
+        complete: an exchange in which a peer is lost fails, as all who are left make it anew.
 
     Attributes:
         lost: ranks whose process has ended.
@@ -39,8 +41,9 @@ class Peers:
         missed: messages that did not arrive or were not finite.
     """
 
-    def __init__(self, comm: Comm) -> None:
+    def __init__(self, comm: Comm, complete: bool = False) -> None:
         self.comm = comm
+        self._complete = complete
         self.lost: set[int] = set()
         self.suspects: Counter[int] = Counter()
         self.missed = 0
@@ -53,9 +56,15 @@ class Peers:
     def exchange(
         self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int
     ) -> dict[int, Tensor]:
-        """One exchange with those who are left; what arrived, in rank order. Empty tensors are not sent."""
+        """One exchange with those who are left; what arrived, in rank order. Empty tensors are not sent.
+
+        Raises:
+            CollectiveError: a peer was lost in it, and exchanges have to be complete.
+        """
         self.missed += len(self.lost & set(receives))
         lost = self.comm.exchange(self._with(sends), self._with(receives), tag)
+        if lost and self._complete:
+            raise CollectiveError(f"ranks {sorted(lost)} were lost in an exchange with them")
         for peer in sorted(lost):
             _log.warning("rank %d: rank %d is lost; its share goes to myself", self.rank, peer)
         self.missed += len(lost & set(receives))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..registry import spec
+from ..runtime.alarm import Alarm, NoAlarm
 from ..types import Comm
 from .base import Ranks
 from .flat import WireDtype, flat, for_wire, parts
@@ -34,7 +35,8 @@ class PushSum(Gossip):
 
     where each rank deals itself and its peers shares p that add up to 1. That is all that is asked of a topology, so
     links may be one-way. ``sum(w)`` stays the number of ranks and ``sum(x)`` changes by training alone. A
-    message that is lost takes x and w along, and the ratio stays right. A rank that is not finite goes back to its last
+    message that is lost takes x and w along, and the ratio stays right. Where ranks may be lost and others join, the
+    first round of the new set scales all masses alike so that they add up to its size. A rank that is not finite goes back to its last
     round's z.
 
     A message is P elements and the mass, 8 bytes.
@@ -91,6 +93,8 @@ class PushSum(Gossip):
         )
         self.w = 1.0
         self.restarts = 0
+        self._balanced = True  # the masses add up to the number of ranks
+        self._outcome = 1.0, 0  # mass and restarts, if the round counts
 
     def check_mixing(self, mixing: Mixing) -> None:
         if not mixing.column_stochastic:
@@ -111,26 +115,40 @@ class PushSum(Gossip):
 
     def carry_out(self, transfer: Transfer, comm: Comm) -> None:
         """Turn the x of ``transfer`` into the new z."""
-        like, number = transfer.values, transfer.number
-        if transfer.finite:
+        like, number, restarts = transfer.values, transfer.number, 0
+        w = self.w if self._balanced else self._mass_of_balance()
+        if transfer.finite and w == self.w:
             x = flat(like)
         else:
-            x = flat({n: self.anchors.values[n] for n in like}).to(self.replica.device) * self.w
+            z = flat({n: self.anchors.values[n] for n in like}).to(self.replica.device)
+            x = flat(like).add_(z, alpha=w - self.w) if transfer.finite else z * w
         contributors = {self.peers.rank}
         if self.schedule.mode(number) == "merge":
-            total = self.peers.mean(torch.cat([x, x.new_tensor([self.w])]))
-            x, self.w = total[:-1], float(total[-1])
+            total = self.peers.mean(torch.cat([x, x.new_tensor([w])]))
+            x, w = total[:-1], float(total[-1])
             contributors |= set(self.ranks) - self.peers.lost
         else:
             for q in range(self.gossip_steps):
-                x, met = self._pushed(x, number, q)
+                x, w, restarted, met = self._pushed(x, w, number, q)
                 contributors |= met
+                restarts += restarted
         self.report(transfer, len(contributors))
-        transfer.values = parts(x / self.w, like)
+        transfer.values = parts(x / w, like)
+        self._outcome = w, restarts
 
-    def _pushed(self, x: Tensor, number: int, q: int) -> tuple[Tensor, set[int]]:
+    def _mass_of_balance(self) -> float:
+        """This rank's mass, when all are scaled alike so that they add up to the number of ranks again. A lost rank took its
+        own along, which would make what the others learn count for more or less; what they agree on stays."""
+        own = torch.tensor([self.w], dtype=torch.float64, device=self.replica.device)
+        masses = self.peers.gather(own)
+        return self.w * len(masses) / sum(map(float, masses.values()))
+
+    def _pushed(
+        self, x: Tensor, mass: float, number: int, q: int
+    ) -> tuple[Tensor, float, bool, set[int]]:
+        """x and mass after one gossip step, whether they are those of the peers alone, and whose messages are in them."""
         plan = self.plan(number, q)
-        sent, mass = for_wire(x, self.wire_dtype), self.w
+        sent, w = for_wire(x, self.wire_dtype), mass
         message = torch.cat(
             [_bytes(sent), _bytes(torch.tensor([mass], dtype=torch.float64, device=x.device))]
         )
@@ -139,7 +157,7 @@ class PushSum(Gossip):
         for peer, share in plan.sends.items():
             if peer not in self.peers.lost:
                 out.sub_(sent_x, alpha=share)
-                self.w -= share * mass
+                w -= share * mass
         received, received_mass = torch.zeros_like(x), 0.0
         taken = set()
         for peer, buffer in arrived.items():
@@ -154,19 +172,24 @@ class PushSum(Gossip):
             received.add_(y.to(x.dtype), alpha=plan.receives[peer])
             received_mass += plan.receives[peer] * their_mass
         out += received
-        self.w += received_mass
-        if self.w < _LEAST_MASS and received_mass > 0:
-            _log.warning(
-                "rank %d: mass %.1e is too little; restart from peers", self.peers.rank, self.w
-            )
-            self.restarts += 1
-            out, self.w = received / received_mass, 1.0
-        return out, taken
+        w += received_mass
+        restarts = w < _LEAST_MASS and received_mass > 0
+        if restarts:
+            _log.warning("rank %d: mass %.1e is too little; restart from peers", self.peers.rank, w)
+            out, w = received / received_mass, 1.0
+        return out, w, restarts, taken
 
     def apply(self, unit: Unit, mean: dict[str, Tensor]) -> None:
+        self.w, restarts = self._outcome
+        self.restarts += restarts
+        self._balanced = True
         for name, z in mean.items():
             self.anchors.values[name].copy_(z)
         self.anchors.write_back(unit.parameters)
+
+    def _open(self, private: Comm, alarm: Alarm | NoAlarm) -> None:
+        super()._open(private, alarm)
+        self._balanced = self.members is None
 
     def own_state(self) -> dict[str, Any]:
         return {"w": self.w}

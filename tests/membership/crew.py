@@ -100,6 +100,7 @@ class Crew:
     def wait_for(self, rank: int, what: Any) -> None:
         """Until ``rank`` has told ``what``."""
         while what not in self.told.get(rank, []):
+            assert rank not in self.errors, self.errors[rank][2]
             self._collect([rank])
 
     def finish(self, *ranks: int) -> list[Any]:

@@ -94,6 +94,28 @@ def test_a_worker_that_ends_is_given_up_at_once() -> None:
     assert "worker b has ended" in _wish(member, 0.1).reason
 
 
+def test_who_would_make_a_number_that_cannot_train_waits_for_a_loss() -> None:
+    member = _member("a", Join("c"), Join("d"), Join("e"))
+    member.refuses = lambda size: "" if size in (2, 4) else f"{size} is no power of two"
+    assert "worker c joins" in _wish(member, 0.0).reason
+    _feed(member, Alarm(1, "a", "c joins"), Ready(1, "a", 0), Ready(1, "b", 0))
+    assert _wish(member, 0.0) == View(2, ("a", "b", "c", "d"), ("a", "b"), 0)
+    _feed(member, _wish(member, 0.0))
+    assert _wish(member, 0.0) is None  # e waits
+    _feed(member, Leave("b", "lost"), *(Ready(2, each, 0) for each in "acd"))
+    assert _wish(member, 0.0) == View(3, ("a", "c", "d", "e"), ("a", "c", "d"), 0)
+
+
+def test_workers_that_cannot_train_stop_and_say_why() -> None:
+    member = _member("a", Join("c"), Alarm(1, "a", "c joins"), Ready(1, "a", 0), Ready(1, "b", 0))
+    _feed(member, View(2, ("a", "b", "c"), ("a", "b"), 0))
+    member.refuses = lambda size: "" if size == 3 else "three are asked for"
+    _feed(member, Leave("b", "lost"), Ready(2, "a", 0), Ready(2, "c", 0))
+    stop = _wish(member, 1.0)
+    assert stop.stop == "2 workers are left, and three are asked for"
+    assert stop.sources == ("a", "c")
+
+
 def test_the_least_prepared_member_decides() -> None:
     member = _member("a")
     member.received(1)

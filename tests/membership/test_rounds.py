@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import signal
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from commkit import Elastic
 from commkit.membership import Place
 
 from .crew import Crew
-from .training import QUICK, die, digest, loss_of, make_model
+from .training import QUICK, await_joiner, die, digest, loss_of, make_model
 
 SYNC_EVERY = 4
 DILOCO = {"name": "diloco", "sync_every": SYNC_EVERY, "outer_lr": 0.7, "outer_momentum": 0.9}
@@ -29,8 +28,9 @@ def train_in_rounds(
     scheme: Any,
     steps: int,
     at_step: Callable[[int, int, Any], None] | None = None,
-    pause_s: float = 0.0,
+    join_at: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
+    """``join_at``: the step that waits for a worker to join, and the epoch that it is in then."""
     model = make_model()
     numbers, worlds = [], []
     with Elastic(QUICK, place) as members:
@@ -42,11 +42,13 @@ def train_in_rounds(
                 loss_of(model, step.number, place.rank).backward()
                 if at_step is not None:
                     at_step(place.rank, step.number, method)
+                if join_at is not None and step.number == join_at[0]:
+                    await_joiner(members, join_at[1])
                 optimizer.step()
             numbers.append(step.number)
             worlds.append(members.world_size)
             tell(step.number)
-            time.sleep(pause_s)
+            tell(f"{members.world_size} workers")
         method.close()
     return {
         "digest": digest(model),
@@ -141,14 +143,36 @@ def test_a_compressed_round() -> None:
 
 
 def test_a_worker_that_joins_takes_part_from_the_next_round_on() -> None:
-    with Crew(train_in_rounds, 2, DILOCO, 60, None, 0.05) as crew:
+    with Crew(train_in_rounds, 2, DILOCO, 28, None, (14, 2)) as crew:
         crew.wait_for(0, 5)
         late = crew.start()
         results = crew.finish(0, 1, late)
     assert len({result["digest"] for result in results}) == 1
-    assert {(result["step"], result["round"]) for result in results} == {(60, 15)}
+    assert {(result["step"], result["round"]) for result in results} == {(28, 7)}
     assert results[0]["worlds"][-1] == 3
-    assert results[2]["numbers"] == list(range(results[2]["numbers"][0], 60))
+    assert results[2]["numbers"] == list(range(results[2]["numbers"][0], 28))
+
+
+def _lingers(rank: int, step: int, method: Any) -> None:
+    """It has done all steps, and leaves when another has been taken in."""
+    close = method.close
+
+    def close_late() -> None:
+        close()
+        method.members.agent.wait_for(lambda m: m.view.epoch == 2)
+
+    if step == 3:
+        method.close = close_late
+
+
+def test_a_worker_that_comes_too_late_does_not_wait() -> None:
+    with Crew(train_in_rounds, 2, DILOCO, 4, _lingers) as crew:
+        crew.wait_for(0, 3)
+        late = crew.start()
+        crew.finish(0, 1)
+        kind, message = crew.error_of(late)
+    assert kind == "TrainingStopped"
+    assert "the others have done all steps" in message
 
 
 LATE = {
@@ -162,17 +186,17 @@ GOSSIP = {"noloco": {"name": "noloco", "sync_every": 4, "beta": 0.6, "gamma": 0.
 @pytest.mark.parametrize("name", [*LATE, *GOSSIP])
 def test_other_methods_go_on(name: str) -> None:
     """The loss comes while something travels, and later one joins; nobody loses a step, and all that are left end alike."""
-    with Crew(train_in_rounds, 3, (LATE | GOSSIP)[name], 60, dies_in_step_8, 0.03) as crew:
-        crew.wait_for(0, 14)
+    with Crew(train_in_rounds, 3, (LATE | GOSSIP)[name], 32, dies_in_step_8, (18, 3)) as crew:
+        crew.wait_for(0, "2 workers")
         late = crew.start()
         first, last, joined = crew.finish(0, 2, late)
     for result in (first, last):
-        assert result["numbers"] == list(range(60))
+        assert result["numbers"] == list(range(32))
         assert set(result["worlds"]) == {3, 2}, result["worlds"]
-    assert joined["numbers"] == list(range(joined["numbers"][0], 60))
+    assert joined["numbers"] == list(range(joined["numbers"][0], 32))
     assert len({result["digest"] for result in (first, last, joined)}) == 1
     assert {(result["step"], result["round"]) for result in (first, last, joined)} == {
-        (60, first["round"])
+        (32, first["round"])
     }
     assert first["worlds"][-1] == 3
 
@@ -186,9 +210,8 @@ def dies_in_step_8(rank: int, step: int, method: Any) -> None:
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ({"name": "push_sum"}, "PushSum cannot go on"),
-        ({"name": "gossip"}, "GossipSGD cannot go on"),
-        ({"name": "dilocox"}, "cannot go on"),
+        ({"name": "a_edit"}, "AEDiT cannot go on without a worker: its rounds go by the clock"),
+        ({"name": "adloco", "trainers": 2}, "trainers=2 must be 1 with members"),
         (DILOCO | {"options": {"warmup_steps": 2}}, "warmup_steps=2 must be 0 with members"),
     ],
     ids=str,

@@ -37,6 +37,11 @@ def digest(model: nn.Module) -> float:
     return float(sum(p.detach().double().sum() for p in model.parameters()))
 
 
+def await_joiner(members: Elastic, epoch: int) -> None:
+    """Until a worker is to be taken in, with ``epoch``: however slowly it starts, training is not over."""
+    members.agent.wait_for(lambda m: m.view.epoch >= epoch)
+
+
 def die(number: signal.Signals = signal.SIGKILL) -> None:
     os.kill(os.getpid(), number)
 
