@@ -81,11 +81,47 @@ def _wish(member: Member, now: float) -> Any:
 
 def test_a_silent_worker_is_given_up_after_the_limit() -> None:
     member = _member("a")
-    member.heard({"b": 1}, 1.0)
+    for now in (1.0, 2.0, 3.0):
+        member.heard({"b": 1}, now)
     assert _wish(member, 3.9) is None
     alarm = _wish(member, 4.1)
     assert isinstance(alarm, Alarm)
     assert "worker b gave no sign of life for limit_s=3 s" in alarm.reason
+
+
+def test_who_was_deaf_gives_nobody_up() -> None:
+    """The store was stopped for a minute, and so nobody's signs of life were to be heard."""
+    member = _member("a")
+    member.heard({"b": 1}, 1.0)
+    assert _wish(member, 61.0) is None
+    member.heard({"b": 1}, 61.0)  # b has not had its turn yet
+    assert _wish(member, 61.5) is None
+    member.heard({"b": 2}, 62.0)
+    assert _wish(member, 62.5) is None
+    for now in (63.0, 64.0, 65.0):
+        member.heard({"b": 2}, now)
+    assert isinstance(_wish(member, 65.1), Alarm)
+
+
+def test_a_slow_store_makes_patient_but_not_for_ever() -> None:
+    member, now = _member("a"), 1.0
+    while _wish(member, now) is None:
+        member.heard({"b": 1}, now)
+        now += 10.0
+        assert now < 60.0
+    assert now > 30.0
+
+
+def test_making_a_group_has_a_limit_too() -> None:
+    options = ElasticOptions(min_workers=2, heartbeat_s=1.0, limit_s=30.0, step_limit_s=5.0)
+    member = Member("a", options, 2, 0, 0.0)
+    _feed(member, Join("a"), Join("b"), TWO)
+    assert _wish(member, 20.0) is None  # its owner builds a model
+    member.begin_step(20.0)
+    assert _wish(member, 24.0) is None
+    assert _wish(member, 25.1).reason == "a step took longer than step_limit_s=5"
+    member.rest()
+    assert _wish(member, 29.0) is None
 
 
 def test_a_worker_that_ends_is_given_up_at_once() -> None:
@@ -112,7 +148,9 @@ def test_the_least_prepared_member_decides() -> None:
 
 def test_nobody_proposes_before_all_are_ready_or_lost() -> None:
     member = _member("a", Alarm(1, "a", "lost"), Ready(1, "a", 0))
-    assert _wish(member, 2.0) is None
+    for now in (1.0, 2.0, 3.0):
+        assert _wish(member, now) is None
+        member.heard({}, now)
     assert _wish(member, 3.1).stop == "1 workers are left, fewer than min_workers=2"
 
 
