@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from ...straggler import (
     StepRecord,
     Worker,
 )
+from ...straggler import worker as production
 from ..clock import VirtualClock
 from ..membership.judge import InvariantError
 from ..membership.network import VirtualNetwork
@@ -295,4 +297,6 @@ def simulate(seed: int, method: str | None = None) -> Outcome:
     Raises:
         InvariantError: a promise was broken.
     """
-    return World(seed, method).run()
+    # A DistributedDataParallel is looked for among all objects of the process, and there is none.
+    with patch.object(production, "wrapped_in_ddp", lambda parameters: None):
+        return World(seed, method).run()

@@ -99,10 +99,8 @@ class Judge:
         self, worker: str, epoch: int, step: int, value: int, contributors: Collection[str]
     ) -> None:
         self.commits += 1
-        self.require(
-            worker in self.views[epoch].members,
-            f"{worker} makes step {step} real outside epoch {epoch}",
-        )
+        inside = epoch in self.views and worker in self.views[epoch].members
+        self.require(inside, f"{worker} makes step {step} real outside epoch {epoch}")
         before = self._steps.get(worker, 0)
         self.require(step == before + 1, f"{worker} makes step {step} real after {before}")
         self._steps[worker] = step

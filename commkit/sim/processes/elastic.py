@@ -13,6 +13,7 @@ from ...connections import ConnectionsCut
 from ...membership import Elastic, ElasticOptions, Member, View
 from ...membership.agent import Agent
 from ...runtime.alarm import RankFailure
+from ..membership.judge import InvariantError
 from .group import VirtualComm, VirtualWiring
 from .turns import Killed, News, Process, Turns
 
@@ -62,7 +63,12 @@ class VirtualAgent(Agent):
         more = super()._turn()
         if self._member.view is not self._seen:
             self._seen = self._member.view
-            self._world.judge.saw_view(self._member.worker, self._seen, self._member.ledger.left)
+            try:
+                self._world.judge.saw_view(
+                    self._member.worker, self._seen, self._member.ledger.left
+                )
+            except InvariantError as broken:  # which the thread would take for a loss of the store
+                self._world.broken.append(broken)
         return more
 
     def order(self, change: Callable[[Member], None]) -> None:
@@ -84,6 +90,11 @@ class VirtualElastic(Elastic):
         super().__init__(options)
         self._world, self._process, self._number_of_place, self._size = world, process, place, size
         self._worker = process.name
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """By rank."""
+        return self._view.members
 
     def _meet(self) -> Agent:
         world, self._hosts = self._world, False

@@ -22,7 +22,6 @@ class VirtualWiring(Wiring):
     def __init__(self) -> None:
         super().__init__()
         self.ended: set[int] = set()  # ranks whose process has ended, as far as is known
-        self.peers: dict[int, VirtualWiring] = {}
         self.shut_by: set[int] = set()
         self.over = False
         self.tell: Any = lambda: None

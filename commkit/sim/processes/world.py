@@ -4,48 +4,28 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...aggregators import AllGather
-from ...compressors import TopK
-from ...feedback import ErrorFeedback
+from ...adapters.at_step import StepHandle
 from ...membership import ElasticOptions, MembershipError, TrainingStopped, View, WorkerEvicted
-from ...outer import CO2, DiLoCo, LocalSGD, NoLoCo, StreamingDiLoCo
-from ...outer.base import OuterSync
-from ...outer.following import Follower
-from ...reducer import Reducer
-from ...runtime.alarm import NoAlarm
 from ..clock import VirtualClock
 from ..membership.judge import InvariantError, Judge
 from ..membership.network import VirtualNetwork
-from .elastic import VirtualElastic, VirtualWorker
+from .attached import ROUNDS, STEPS, attach
+from .elastic import VirtualElastic
 from .group import VirtualGroup
 from .store import StoreClient, StoreHost
 from .turns import Process, Stuck, Turns
 
-STEPS, SYNC_EVERY = 12, 3
+METHODS = (*ROUNDS, *STEPS)
+_TOTAL = 12
 _HEARTBEAT_S = 0.5
 _FAULTS_END_S, _SETTLED_S = 12.0, 300.0
-
-
-def _topk() -> Reducer:
-    return Reducer(AllGather(TopK(density=0.3)), feedback=ErrorFeedback())
-
-
-METHODS: dict[str, Callable[..., OuterSync]] = {
-    "diloco": partial(DiLoCo, sync_every=SYNC_EVERY),
-    "diloco, top-k": lambda *a, **k: DiLoCo(*a, sync_every=SYNC_EVERY, reducer=_topk(), **k),
-    "local_sgd, top-k": lambda *a, **k: LocalSGD(*a, sync_every=SYNC_EVERY, reducer=_topk(), **k),
-    "streaming_diloco": partial(StreamingDiLoCo, sync_every=4, fragments=2, overlap=1),
-    "co2": partial(CO2, sync_every=SYNC_EVERY),
-    "noloco": partial(NoLoCo, sync_every=SYNC_EVERY),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +71,20 @@ class World:
         )
         patient_s = self.options.limit_s - 4 * _HEARTBEAT_S
         self.judge = Judge(seed, patient_s, self.options.min_workers)
-        self.method = self.random.choice(list(METHODS)) if method is None else method
+        self.method = self.random.choice(METHODS) if method is None else method
         self.store = StoreHost()
         self.size = self.random.randint(2, 4)
         self.processes: dict[str, Process] = {}
         self.groups_of: dict[str, tuple[VirtualGroup, int]] = {}
         self.ends: dict[str, str] = {}
-        self.last: dict[str, tuple[int, int, int]] = {}
-        self.rounds: dict[int, int] = {}  # what each came to
+        self.last: dict[str, tuple[int, ...]] = {}
+        self._weights = torch.zeros(0)
+        self.rounds: dict[tuple[int, int], int] = {}  # what each came to
+        self.steps: dict[int, tuple[int, list[int]]] = {}  # the same, and who contributed
+        self.places: dict[str, int] = {}
+        self._made: dict[str, int] = {}
         self.faults: dict[str, int] = {}
+        self.broken: list[InvariantError] = []
         self._groups: dict[int, VirtualGroup] = {}
         kinds: list[Callable[[], str]] = [
             self._kill, self._kill, self._vanish, self._pause, self._join, self._stop_store, self._raise,
@@ -122,17 +107,35 @@ class World:
             self.judge.require(False, f"{self.method}: {stuck}")
         finally:
             self.turns.end()
+        if self.broken:
+            raise self.broken[0]
         well = [name for name, how in self.ends.items() if how == "well"]
         for name in well:
             self.judge.require(
                 self.last[name] == self.last[well[0]],
                 f"{self.method}: {name} ended otherwise: {self.last}",
             )
+        if self.method == "ddp" and well:
+            self._require_exact()
         counts: dict[str, int] = {}
         for how in self.ends.values():
             counts[how] = counts.get(how, 0) + 1
         epochs = len(self.judge.views)
-        return Outcome(self.judge.seed, self.method, epochs, len(self.rounds), self.faults, counts)
+        rounds = len(self.rounds) + len(self.steps)
+        return Outcome(self.judge.seed, self.method, epochs, rounds, self.faults, counts)
+
+    def _require_exact(self) -> None:
+        """Each contribution counts once: the weights are those of training on one device."""
+        model, optimizer = _model()
+        for step in range(_TOTAL):
+            _, places = self.steps[step]
+            optimizer.zero_grad()
+            for place in places:
+                (_loss(model, step, place) / len(places)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        exact = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        difference = float((exact - self._weights).abs().max())
+        self.judge.require(difference < 1e-5, f"ddp: weights are {difference:.1e} from exact ones")
 
     # What workers ask for.
 
@@ -144,20 +147,41 @@ class World:
             self._groups[view.epoch] = VirtualGroup(view.members, self.turns, self.network)
         return self._groups[view.epoch]
 
-    def saw_round(self, worker: str, number: int, anchors: Mapping[str, Tensor] | None) -> None:
-        """``worker`` has applied the outcome of a round."""
-        if anchors is None or self.method == "noloco":
+    def saw_round(self, worker: str, unit: int, step: int, anchors: Mapping[str, Tensor]) -> None:
+        """``worker`` has applied the outcome of the round of ``unit`` that ended after ``step``."""
+        if self.method == "noloco":  # of which each replica has its own
             return
         value = _digest(anchors)
-        first = self.rounds.setdefault(number, value)
+        first = self.rounds.setdefault((unit, step), value)
         self.judge.require(
-            first == value, f"{self.method}: {worker} makes another round {number} of it"
+            first == value,
+            f"{self.method}: {worker} has another outcome of the round of unit {unit} after step {step}",
         )
+
+    def saw_step(self, worker: str, step: int, places: list[int], model: nn.Module) -> None:
+        """``worker`` has made ``step`` together with the workers at ``places``."""
+        before = self._made.get(worker)
+        self.judge.require(
+            before is None or step == before + 1,
+            f"{self.method}: {worker} makes step {step} after {before}",
+        )
+        self._made[worker] = step
+        if self.method in STEPS:
+            value = _digest(dict(model.named_parameters()))
+            first = self.steps.setdefault(step, (value, places))
+            self.judge.require(
+                first == (value, places),
+                f"{self.method}: {worker} makes another step {step}: {first} and {(value, places)}",
+            )
 
     # Workers.
 
+    def places_of(self, names: Sequence[str]) -> list[int]:
+        return [self.places[name] for name in names]
+
     def _start(self, place: int) -> None:
         process = Process(f"w{len(self.processes)}")
+        self.places[process.name] = place
         self.processes[process.name] = process
         self.turns.start(process, "training", partial(self._train, process, place))
 
@@ -216,7 +240,7 @@ class World:
         return "pause"
 
     def _join(self) -> str:
-        self._start(0)
+        self._start(len(self.processes))
         return "join"
 
     def _stop_store(self) -> str:
@@ -238,59 +262,43 @@ def _digest(tensors: Mapping[str, Tensor]) -> int:
     return zlib.crc32(b"".join(x.detach().numpy().tobytes() for x in tensors.values()))
 
 
-def _virtual(kind: type[OuterSync], world: World, process: Process) -> type[OuterSync]:
-    """``kind`` in this world."""
-
-    class Virtual(kind):  # type: ignore[misc,valid-type]
-        def _join(self, group: Any) -> Any:
-            comm = self.members.comm
-            return comm, comm.split([list(range(comm.world_size))], "outer"), NoAlarm()
-
-        def make_worker(self, alarm: Any) -> Any:
-            return VirtualWorker(world.turns, process)
-
-        def apply(self, unit: Any, mean: dict[str, Tensor]) -> None:
-            super().apply(unit, mean)
-            world.saw_round(process.name, _number_of(self, unit), self.anchors.values)
-
-    Virtual.__name__ = kind.__name__
-    return Virtual
-
-
-def _number_of(method: OuterSync, unit: Any) -> int:
-    """Of applied rounds of ``unit``, as a name for their outcome."""
-    counts = method.__dict__.setdefault("applied", {})
-    counts[unit.index] = counts.get(unit.index, 0) + 1
-    return 1000 * unit.index + method.step
-
-
-def _train(world: World, process: Process, place: int) -> tuple[int, int, int]:
-    """Steps, rounds and what the weights come to."""
+def _model() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) / 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return model, torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def _loss(model: nn.Module, step: int, place: int) -> Tensor:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(100 * step + place))
+    loss: Tensor = (model(x) - x[:, :2]).square().mean()
+    return loss
+
+
+def _train(world: World, process: Process, place: int) -> tuple[int, ...]:
+    """What all who end well have in common."""
+    model, optimizer = _model()
     with VirtualElastic(world.options, world, process, place, world.size) as members:
-        made = METHODS[world.method](model, optimizer)
-        made.__class__ = _virtual(type(made), world, process)
-        made.members = members
-        members.add(Follower(made))
-        for step in members.steps(STEPS, model=model, optimizer=optimizer):
+        attached = attach(world, process, members, model, optimizer)
+        for step in members.steps(_TOTAL, model=model, optimizer=optimizer):
+            number = step.number
             with step:
                 world.turns.sleep(world.random.uniform(0.05, 0.6))
                 if process.stumbles:
                     raise _Stumble
                 optimizer.zero_grad()
-                x = torch.randn(
-                    4, 3, generator=torch.Generator().manual_seed(100 * step.number + place)
-                )
-                (model(x) - x[:, :2]).square().mean().backward()
+                _loss(model, number, place).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-        made.close()
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    return made.step, made.round, _digest(weights)
+                world.saw_step(process.name, number, world.places_of(members.members), model)
+        attached.close()
+    world._weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    weights = _digest(dict(model.named_parameters()))
+    if isinstance(attached, StepHandle):
+        return (weights,)
+    # Replicas of NoLoCo are merged at the end.
+    return attached.step, attached.round, weights
 
 
 def simulate(seed: int, method: str | None = None) -> Outcome:
