@@ -31,14 +31,15 @@ class _Ways:
 def test_nobody_is_left_out_because_the_store_was_stopped() -> None:
     """For longer than the limit, and some hear of its return sooner than others."""
     ways = _Ways()
-    with Crew(train, 3, TOPK, 80, NERVOUS, None, PAUSE_S, via=ways) as crew:
+    options = ElasticOptions(min_workers=1, heartbeat_s=0.2, limit_s=2.0, start_s=30.0)
+    with Crew(train, 3, TOPK, 90, options, None, PAUSE_S, via=ways) as crew:
         crew.wait_for(0, 3)
         for relay in ways.of.values():
             relay.frozen = True
-        crew.pause(1.6)
+        crew.pause(1.5 * options.limit_s)
         for relay in ways.of.values():
             relay.frozen = False
-            crew.pause(0.15)
+            crew.pause(0.1)
         results = crew.finish(0, 1, 2)
     assert [result["epoch"] for result in results] == [1, 1, 1]
     assert len({result["digest"] for result in results}) == 1

@@ -204,6 +204,7 @@ class World:
                 f"seed {self.judge.seed}: {self.method}: {process.name} raised {type(error).__name__}: {error}"
             ) from error
         self.ends[process.name] = end
+        process.dead = True  # with the threads that it may have left
 
     # Faults.
 
