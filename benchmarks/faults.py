@@ -3,6 +3,7 @@
     python benchmarks/faults.py [--workers 3 4 6] [--repeats 5] [--json FILE]    after a kill, after a stop
     python benchmarks/faults.py --figures                                        the table F1 to F20 besides
     python benchmarks/faults.py --soak 20                                        minutes of random kills and starts besides
+    python benchmarks/faults.py --again F10 F11                                  these anew, into results/faults.json and its table
     python benchmarks/faults.py --table                                          results/faults.md anew, of results/faults.json
 
 Real processes on this machine, over gloo.
@@ -20,7 +21,7 @@ import harness  # noqa: F401  (puts the repository on sys.path)
 from losing.figures import figures
 from losing.losses import lose
 from losing.soak import soak
-from losing.table import write_table
+from losing.table import measure_some_again, write_table
 from report import Result, Target, main
 
 KNOWN_S, REDONE_S = 0.1, 1.0  # targets after a kill
@@ -84,5 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
         write_table()
+    elif sys.argv[1:2] == ["--again"]:
+        measure_some_again(sys.argv[2:])
     else:
         main(__doc__, measure, add_options)

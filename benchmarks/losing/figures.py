@@ -6,7 +6,7 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -298,6 +298,23 @@ _FIGURES = (
 )  # fmt: skip
 
 
+def measure_again(
+    names: Collection[str], rows: Sequence[Mapping[str, Any]], when: str
+) -> list[dict[str, Any]]:
+    """``rows`` of an earlier table, with those of ``names`` measured now; of F4 and later, but for F19, which a soak gives."""
+    again = [figure for figure in _FIGURES if figure.name in names]
+    kept = [dict(row) for row in rows if row[""] not in {figure.name for figure in again}]
+    new = [_measured(figure) | {"when": when} for figure in again]
+    return sorted(kept + new, key=lambda row: int(row[""][1:]))
+
+
+def _measured(figure: Figure) -> dict[str, Any]:
+    print(f"{figure.name}: {figure.inject}", flush=True)
+    return _row(
+        figure.name, figure.inject, figure.what, figure.limit, figure.measure(), figure.command
+    )
+
+
 def figures(
     losses_measured: Sequence[Mapping[str, Any]], soaked: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -315,12 +332,7 @@ def figures(
         _row("F2", "the same, no neighbour of the dead", "s until all know", 0.1, max(r["others know"] for r in killed), LOSSES),
         _row("F3", "SIGSTOP in an all-reduce, limit_s=5", "s until all know", 6.0, max(r["all know"] for r in stopped), LOSSES),
     ]  # fmt: skip
-    for figure in _FIGURES:
-        print(f"{figure.name}: {figure.inject}", flush=True)
-        measured = figure.measure()
-        rows.append(
-            _row(figure.name, figure.inject, figure.what, figure.limit, measured, figure.command)
-        )
+    rows += map(_measured, _FIGURES)
     if soaked:
         inject = f"{soaked['minutes']:g} minutes of random kills and starts"
         longest = soaked["longest time without a step, s"]

@@ -162,13 +162,14 @@ class Agent:
         have = self._store.compare_set(f"log/{position}", "", text).decode()
         with self._changed:
             more = self._member.answer(position, have, self.now())
+            done = self._member.is_done
             if more or self._member.refused:
                 self._changed.notify_all()
             self._cut_if_over()
         if more:
             return True
         if self._stop:
-            return False
+            return not done  # what it was told while the store was asked, it has yet to say
         self._wake.wait(self._member.options.poll_s)
         self._wake.clear()
         return True

@@ -198,6 +198,12 @@ class Member:
     def has_left(self) -> bool:
         return self.worker in self.ledger.left
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the others know all that this worker has to say, or do not care any more."""
+        silent = self.has_left or bool(self.refused) or bool(self.view.stop)
+        return silent or self._leaving is None
+
     def alone(self, now: float) -> bool:
         """Whether all other members are done, have left or are lost."""
         return all(

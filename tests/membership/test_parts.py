@@ -25,6 +25,7 @@ from commkit.membership import (
     decode,
     encode,
 )
+from commkit.membership.agent import Agent
 
 OPTIONS = ElasticOptions(min_workers=2, heartbeat_s=1.0, limit_s=3.0)
 TWO = View(1, ("a", "b"), ("a",), 0)
@@ -202,6 +203,42 @@ def test_places() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Place.from_environment(given)
+
+
+class _SlowStore:
+    """A store that answers when the test lets it."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.asked, self.answers = threading.Event(), threading.Event()
+        self.answers.set()
+
+    def set(self, key: str, value: str) -> None:
+        self.texts[key] = value
+
+    def compare_set(self, key: str, expected: str, text: str) -> bytes:
+        self.asked.set()
+        assert self.answers.wait(10.0)
+        if text:
+            self.texts.setdefault(key, text)
+        return self.texts.get(key, "").encode()
+
+
+def test_a_worker_that_ends_while_its_agent_asks_the_store_says_so_afterwards() -> None:
+    """Else the others took it for lost, and were too few to go on."""
+    store = _SlowStore()
+    agent = Agent(Member("a", ElasticOptions(), 1, 0, Agent.now()), store)  # type: ignore[arg-type]
+    agent.wait_for(lambda m: m.working, 10.0)
+    store.answers.clear()
+    store.asked.clear()
+    assert store.asked.wait(10.0)  # for news: it has nothing to say yet
+    agent.order(lambda m: m.leave())
+    closing = threading.Thread(target=agent.close)
+    closing.start()
+    closing.join(0.1)
+    store.answers.set()
+    closing.join(10.0)
+    assert Leave("a") in [decode(text) for key, text in store.texts.items() if "log/" in key]
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:

@@ -172,7 +172,7 @@ def _tries_for_ever(patch: Patch) -> None:
 
 # With the first seed that shows it.
 BROKEN: dict[str, tuple[Callable[[Patch], None], int]] = {
-    "a member works on after it said that it is ready": (_prepares_when_it_is_over, 0),
+    "a member works on after it said that it is ready": (_prepares_when_it_is_over, 77),
     "the furthest member decides, not the least": (_takes_the_furthest, 3),
     "a member says what it has committed, not what it has prepared": (_tells_what_is_committed, 33),
     "whoever joins counts as having the state": (_pins_no_donor, 3),

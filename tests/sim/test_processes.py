@@ -14,6 +14,12 @@ def test_rounds_are_survived(method: str) -> None:
     assert max(outcome.epochs for outcome in outcomes) > 1
 
 
+def test_who_ends_while_its_agent_asks_the_store_is_not_taken_for_lost() -> None:
+    """Found by these seeds: its word that it is done was never written."""
+    for seed in (265, 286):
+        processes.simulate(seed)
+
+
 @pytest.mark.parametrize("method", coordination.METHODS)
 def test_jobs_are_done_without_the_slowest(method: str) -> None:
     outcomes = [coordination.simulate(seed, method) for seed in range(8)]

@@ -96,7 +96,7 @@ class World:
             start_s=5.0,
             grace_s=draw([0.0, 3.0]),
             step_limit_s=draw([None, 4.0, 8.0]),
-            max_tries=draw([5, 20]),
+            max_tries=draw([3, 8]),
             poll_s=0.2,
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ...adapters.at_step import StepHandle
@@ -76,9 +76,10 @@ def _virtual(kind: type[OuterSync], world: World, process: Process) -> type[Oute
         def make_worker(self, alarm: Any) -> Any:
             return VirtualWorker(world.turns, process)
 
-        def apply(self, unit: Any, mean: dict[str, Tensor]) -> None:
-            super().apply(unit, mean)
-            world.saw_round(process.name, unit.index, self.step, self.anchors.values)
+        def perform_sync(self) -> None:
+            number = self._in_flight[0].number
+            super().perform_sync()
+            world.saw_round(process.name, number, self.anchors.values)
 
     Virtual.__name__ = kind.__name__
     return Virtual

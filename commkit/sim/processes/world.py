@@ -79,7 +79,7 @@ class World:
         self.ends: dict[str, str] = {}
         self.last: dict[str, tuple[int, ...]] = {}
         self._weights = torch.zeros(0)
-        self.rounds: dict[tuple[int, int], int] = {}  # what each came to
+        self.rounds: dict[int, int] = {}  # what each came to
         self.steps: dict[int, tuple[int, list[int]]] = {}  # the same, and who contributed
         self.places: dict[str, int] = {}
         self._made: dict[str, int] = {}
@@ -147,15 +147,14 @@ class World:
             self._groups[view.epoch] = VirtualGroup(view.members, self.turns, self.network)
         return self._groups[view.epoch]
 
-    def saw_round(self, worker: str, unit: int, step: int, anchors: Mapping[str, Tensor]) -> None:
-        """``worker`` has applied the outcome of the round of ``unit`` that ended after ``step``."""
+    def saw_round(self, worker: str, number: int, anchors: Mapping[str, Tensor]) -> None:
+        """``worker`` has applied the outcome of a round."""
         if self.method == "noloco":  # of which each replica has its own
             return
         value = _digest(anchors)
-        first = self.rounds.setdefault((unit, step), value)
+        first = self.rounds.setdefault(number, value)
         self.judge.require(
-            first == value,
-            f"{self.method}: {worker} has another outcome of the round of unit {unit} after step {step}",
+            first == value, f"{self.method}: {worker} has another outcome of round {number}"
         )
 
     def saw_step(self, worker: str, step: int, places: list[int], model: nn.Module) -> None:
