@@ -45,7 +45,7 @@ def test_nobody_is_left_out_because_the_store_was_stopped() -> None:
 def test_a_worker_that_does_not_reach_the_store_is_left_out_and_told() -> None:
     """It is cut off one way: what the store says would arrive."""
     ways = _Ways()
-    with Crew(train, 3, TOPK, 90, NERVOUS, None, PAUSE_S, via=ways) as crew:
+    with Crew(train, 3, TOPK, 60, NERVOUS, None, PAUSE_S, via=ways) as crew:
         crew.wait_for(0, 3)
         ways.of[2].frozen_up = True
         crew.pause(1.8 * NERVOUS.limit_s)

@@ -181,7 +181,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], int]] = {
     "min_workers is not checked": (_does_not_count_members, 10),
     "a majority goes on without those who are not ready yet": (_decides_by_majority, 0),
     "a connection of an epoch that is over counts": (_hears_the_last_epoch, 56),
-    "a contribution to an epoch that is over counts": (_takes_late_contributions, 2),
+    "a contribution to an epoch that is over counts": (_takes_late_contributions, 4),
     "a vote that comes twice counts twice": (_counts_a_vote_twice, 4),
     "a worker takes its own deafness for the silence of others": (_counts_its_own_deafness, 6),
     "making a group may take for ever": (_gives_a_group_all_time, 19),

@@ -9,7 +9,7 @@ from commkit.sim.membership.world import FAULTS
 
 from .broken_protocols import BROKEN
 
-_SEEDS = 1000
+_SEEDS = 600
 
 
 @pytest.mark.timeout(300)
