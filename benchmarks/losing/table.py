@@ -28,7 +28,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             "fault": row["injected"],
             "figure": row["figure"],
             "aim": f"<= {row['limit']:g}",
-            "measured": "not measured" if row["measured"] is None else f"{row['measured']:.2g}",
+            "measured": "not measured" if row["measured"] is None else f"{row['measured']:.3g}",
             "reached": row["reached"],
             "command": f"`{row['command']}`",
             "measured anew": row.get("when", ""),
