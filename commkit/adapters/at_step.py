@@ -67,7 +67,7 @@ class StepHandle(KeepsState[Reducer]):
     def _default_group() -> dist.ProcessGroup:
         return require_group(None)
 
-    def _comm_of(self, group: dist.ProcessGroup) -> Comm:
+    def _comm_of(self, group: dist.ProcessGroup) -> DistComm:
         """Collectives for whoever trains."""
         return DistComm(group)
 

@@ -75,14 +75,3 @@ def test_payloads_of_another_length_are_refused(
             for decode in decoders(compressor, ctx, good, bad):
                 with pytest.raises(REFUSALS):
                     decode()
-
-
-@every_case
-def test_payloads_without_a_part_or_with_one_more_are_refused(case: CompressorCase) -> None:
-    x, compressor = sample((64, 48)), case.build()
-    ctx = ctx_of(x)
-    good = compressor.compress(x, ctx)
-    for bad in (good[:-1], (*good, good[0])):
-        for decode in decoders(compressor, ctx, good, bad):
-            with pytest.raises(REFUSALS):
-                decode()

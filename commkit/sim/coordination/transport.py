@@ -78,7 +78,7 @@ class VirtualTransport(Mailboxes):
     def die(self) -> None:
         """Its process has ended; its system says so to the others."""
         for peer in self._boxes:
-            self._after(lambda peer=peer: self._ranks.transports[peer].lose(self._rank))  # type: ignore[misc]
+            self._after(lambda peer=peer: self._ranks.transports[peer].lose(self._rank))
 
     def lose(self, peer: int) -> None:
         """The connection to ``peer`` has broken."""
@@ -101,7 +101,7 @@ class VirtualTransport(Mailboxes):
                 box.sending = True
                 sending = box.outbox.popleft()
                 box.said_bye = sending.is_farewell
-                self._after(lambda p=peer, b=box, s=sending: self._deliver(p, b, s))  # type: ignore[misc]
+                self._after(lambda p=peer, b=box, s=sending: self._deliver(p, b, s))
 
     def _deliver(self, peer: int, box: Mailbox, sending: Sending) -> None:
         target = self._ranks.transports[peer]

@@ -63,8 +63,8 @@ class Judge:
 
     def saw_view(self, worker: str, view: View, left: Mapping[str, str]) -> None:
         """``worker`` has read ``view`` from the log, and of those who had left by then why."""
-        before = self._epochs.get(worker, 0)
-        self.require(view.epoch == before + 1, f"{worker} goes from epoch {before} to {view.epoch}")
+        last = self._epochs.get(worker, 0)
+        self.require(view.epoch == last + 1, f"{worker} goes from epoch {last} to {view.epoch}")
         self._epochs[worker] = view.epoch
         first = self.views.setdefault(view.epoch, view)
         self.require(first == view, f"two views of epoch {view.epoch}: {first} and {view}")

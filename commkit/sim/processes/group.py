@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,10 @@ class VirtualWiring(Wiring):
         self.shut_by: set[int] = set()
         self.over = False
         self.tell: Any = lambda: None
+
+    def may_end(self, box: deque[Tensor], origin: int) -> bool:
+        """Whether something of ``origin`` is in ``box``, or nothing can come any more."""
+        return bool(box) or self.over or origin in self.shut_by
 
     def closed(self) -> set[int]:
         return set(self.ended)
@@ -135,7 +140,10 @@ class VirtualComm(ThreadComm):
 
     def _post(self, to: int, key: tuple[str, int], message: Any) -> None:
         group, sender = self._virtual, self._place
-        arrive = lambda: group.calls[to][key].__setitem__(sender, message)
+
+        def arrive() -> None:
+            group.calls[to][key][sender] = message
+
         if to == sender:
             arrive()
         else:
@@ -149,16 +157,12 @@ class VirtualComm(ThreadComm):
         for peer, x in sends.items():
             to = self._members[peer]
             box, sent = group.mail[to][name, place, tag], x.clone()
-            group.network.send(
-                group.names[place], group.names[to], lambda box=box, sent=sent: box.append(sent)
-            )
+            group.network.send(group.names[place], group.names[to], partial(box.append, sent))
         lost = {p for p in sends if wiring.over or self._members[p] in wiring.shut_by}
         for peer, x in receives.items():
             origin = self._members[peer]
             box = group.mail[place][name, origin, tag]
-            group.turns.wait(
-                lambda box=box, origin=origin: bool(box) or wiring.over or origin in wiring.shut_by
-            )
+            group.turns.wait(partial(wiring.may_end, box, origin))
             if box and not wiring.over:
                 x.copy_(box.popleft())
             else:
