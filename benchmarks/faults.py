@@ -3,6 +3,8 @@
     python benchmarks/faults.py [--workers 3 4 6] [--repeats 5] [--json FILE]    after a kill, after a stop
     python benchmarks/faults.py --figures                                        the table F1 to F20 besides
     python benchmarks/faults.py --soak 20                                        minutes of random kills and starts besides
+    python benchmarks/faults.py --again F10 F11                                  these anew, into results/faults.json and its table
+    python benchmarks/faults.py --table                                          results/faults.md anew, of results/faults.json
 
 Real processes on this machine, over gloo.
 """
@@ -12,12 +14,14 @@ from __future__ import annotations
 import argparse
 import signal
 import statistics
+import sys
 from typing import Any
 
 import harness  # noqa: F401  (puts the repository on sys.path)
 from losing.figures import figures
 from losing.losses import lose
 from losing.soak import soak
+from losing.table import measure_some_again, write_table
 from report import Result, Target, main
 
 KNOWN_S, REDONE_S = 0.1, 1.0  # targets after a kill
@@ -30,10 +34,10 @@ def measure(options: argparse.Namespace) -> Result:
         "faults", {"numel": options.numel, "repeats": repeats, "limit_s": options.limit_s}
     )
     rows = measure_losses(result, options, sizes, repeats)
+    told = soak(options.soak) if options.soak else {}
     if options.figures:
-        result.tables["F1 to F20"] = figures(rows)
-    if options.soak:
-        told = soak(options.soak)
+        result.tables["F1 to F20"] = figures(rows, told)
+    if told:
         result.tables[f"soak of {options.soak:g} minutes"] = [told]
         longest = told["longest time without a step, s"]
         result.targets.append(
@@ -79,4 +83,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, add_options)
+    if sys.argv[1:] == ["--table"]:
+        write_table()
+    elif sys.argv[1:2] == ["--again"]:
+        measure_some_again(sys.argv[2:])
+    else:
+        main(__doc__, measure, add_options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -59,6 +60,15 @@ class Connection:
         with self._opened() as opened, suppress(OSError):
             if opened is not None:
                 opened.shutdown(socket.SHUT_RDWR)
+
+    def limit_waits(self, seconds: float) -> None:
+        """Whoever waits longer for what the other end sends gets an error, also if that end is stopped or without power
+        and so closes nothing. A pause of this process does not count."""
+        whole = int(seconds)
+        limit = struct.pack("@ll", whole, int(1e6 * (seconds - whole)))
+        with self._opened() as opened:
+            if opened is not None:
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     @property
     def closed(self) -> bool:

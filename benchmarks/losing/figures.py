@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,14 @@ from tests.membership import test_loss as losses
 from tests.membership import test_phases as phases
 from tests.membership import test_rounds as rounds
 from tests.membership.crew import Crew
+from tests.membership.relay import Relay
 from tests.membership.training import QUICK, train
+
+HERE = "python benchmarks/faults.py --figures"
+LOSSES = "python benchmarks/faults.py"
+RESULTS = Path(__file__).parents[1] / "results"
+PARTITION_S = 30.0
+SLOW_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -36,14 +44,16 @@ class Figure:
         inject: what goes wrong.
         what: the figure's meaning and unit.
         limit: that it must not exceed.
-        measure: gives it; or says what does where this program does not.
+        measure: gives it.
+        command: that shows it.
     """
 
     name: str
     inject: str
     what: str
     limit: float
-    measure: Callable[[], float] | str
+    measure: Callable[[], float]
+    command: str = HERE
 
 
 def _stopped_then_continued() -> float:
@@ -114,6 +124,65 @@ def _two_deaths() -> float:
     with Crew(train, 3, losses.TOPK, 6, options, losses.dies) as crew:
         wrong += sum(crew.error_of(rank)[0] != "TrainingStopped" for rank in (0, 2))
     return float(wrong)
+
+
+def _cut_off() -> float:
+    """Workers that end otherwise than they should, when one is cut off from the store, both ways and one way: the others go
+    on without it, and it learns of that when it is back."""
+    wrong = 0
+    for way in ("frozen", "frozen_up"):
+        relays: dict[int, Relay] = {}
+
+        def via(rank: int, port: int, relays: dict[int, Relay] = relays) -> int:
+            relays[rank] = Relay(port)
+            return relays[rank].port
+
+        options = ElasticOptions(min_workers=2)
+        with Crew(
+            train, 3, losses.TOPK, 1000, options, None, 0.04, deadline_s=120.0, via=via
+        ) as crew:
+            crew.wait_for(0, 3)
+            setattr(relays[2], way, True)
+            crew.pause(PARTITION_S)
+            setattr(relays[2], way, False)
+            # By then it may have given up to wait for the store.
+            wrong += crew.error_of(2)[0] not in ("WorkerEvicted", "StoreLost")
+            first, second = crew.finish(0, 1)
+        wrong += first["digest"] != second["digest"] or first["epoch"] != 2
+    return float(wrong)
+
+
+def _partitions() -> float:
+    """Broken promises in 1000 seeds of cut links, partitions, and workers and stores that stand still."""
+    kinds = ("partition", "cut from a peer", "cut from the store", "pause", "store paused", "join")
+    for seed in range(1000):
+        simulate(seed, faults=kinds)
+    return 0.0
+
+
+def _slow_store() -> float:
+    """Workers that are left out for nothing, while the way to the store takes 50 ms and loses a hundredth."""
+    relays: list[Relay] = []
+
+    def via(rank: int, port: int) -> int:
+        relays.append(Relay(port, delay_s=0.05, loss=0.01, seed=rank))
+        return relays[-1].port
+
+    steps = int(SLOW_S / 0.1)
+    with Crew(
+        train, 4, losses.TOPK, steps, ElasticOptions(), None, 0.1, deadline_s=4 * SLOW_S, via=via
+    ) as crew:
+        return float(max(result["epoch"] for result in crew.finish(0, 1, 2, 3)) - 1)
+
+
+def _told_by(file: str, target: str) -> Callable[[], float]:
+    """What another program has measured."""
+
+    def read() -> float:
+        targets = json.loads((RESULTS / file).read_text())["targets"]
+        return float(next(t["measured"] for t in targets if t["what"] == target))
+
+    return read
 
 
 def _bad_numbers() -> float:
@@ -199,7 +268,7 @@ def _mismatches() -> float:
 
 
 def _simulated() -> float:
-    """Broken promises in 1000 seeds."""
+    """Broken promises in 1000 seeds of all kinds of faults."""
     for seed in range(1000):
         simulate(seed)
     return 0.0
@@ -212,46 +281,76 @@ _FIGURES = (
     Figure("F7", "kill a joiner as it receives, its source as it sends", "steps that others lose", 0, _while_it_joins),
     Figure("F8", "the store's host ends", "s until all raise StoreLost, the documented limit", 5, _store_lost),
     Figure("F9", "two deaths at once; below min_workers", "workers that end otherwise", 0, _two_deaths),
-    Figure("F10", "partitions", "broken promises, with F20", 0, "python -m commkit.sim.membership --count 10000"),
-    Figure("F11", "1 % loss, 100 ms, 100 Mbit/s for 1 h", "false evictions", 0, "not measured"),
-    Figure("F12", "one rank 5 times slower", "step time over that without", 1.2, "python benchmarks/stragglers.py"),
+    Figure("F10", f"no way to the store for {PARTITION_S:g} s, both ways and one way", "workers that end otherwise", 0, _cut_off),
+    Figure("F10", "1000 seeds of partitions and stops in the simulator", "broken promises", 0, _partitions),
+    Figure("F11", f"50 ms and 1 % loss each way to the store, {SLOW_S:g} s", "false evictions", 0, _slow_store),
+    Figure("F12", "two of eight workers slow at times, gradient coding, s=1", "time per step over that without", 1.2,
+           _told_by("stragglers_torch.json", "coding s=1: s/step, with / without stragglers"), "python benchmarks/stragglers.py"),
+    Figure("F12", "the same, s=2", "time per step over that without", 1.2,
+           _told_by("stragglers_torch.json", "coding s=2: s/step, with / without stragglers"), "python benchmarks/stragglers.py"),
     Figure("F13", "NaN, inf, overflow, zeros on one rank", "schemes that break a rule", 0, _bad_numbers),
     Figure("F14", "a flipped bit on the wire", "flips that nobody notices", 0, _flipped_bits),
     Figure("F15", "resume with as many ranks", "schemes of which 50 steps differ in a bit", 0, _resumed),
     Figure("F16", "resume with half and twice the ranks", "relative change of the residuals' sum", 1e-6, _resized),
     Figure("F17", "an exception in the hook of one rank", "s until all raise it", 1, _exception),
     Figure("F18", "scheme, knob, seed of one rank differ", "not refused by name on all", 0, _mismatches),
-    Figure("F19", "random kills and starts", "s without a step", 60, "python benchmarks/faults.py --soak 20"),
-    Figure("F20", "1000 seeds of the simulator", "broken promises", 0, _simulated),
+    Figure("F20", "1000 seeds of the simulator", "broken promises", 0, _simulated, "python -m commkit.sim.membership --count 1000"),
 )  # fmt: skip
 
 
-def figures(losses_measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The table. ``losses_measured``: rows of ``faults.py``, which F1 to F3 are of."""
+def measure_again(
+    names: Collection[str], rows: Sequence[Mapping[str, Any]], when: str
+) -> list[dict[str, Any]]:
+    """``rows`` of an earlier table, with those of ``names`` measured now; of F4 and later, but for F19, which a soak gives."""
+    again = [figure for figure in _FIGURES if figure.name in names]
+    kept = [dict(row) for row in rows if row[""] not in {figure.name for figure in again}]
+    new = [_measured(figure) | {"when": when} for figure in again]
+    return sorted(kept + new, key=lambda row: int(row[""][1:]))
+
+
+def _measured(figure: Figure) -> dict[str, Any]:
+    print(f"{figure.name}: {figure.inject}", flush=True)
+    return _row(
+        figure.name, figure.inject, figure.what, figure.limit, figure.measure(), figure.command
+    )
+
+
+def figures(
+    losses_measured: Sequence[Mapping[str, Any]], soaked: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The table.
+
+    Args:
+        losses_measured: rows of ``faults.py``, which F1 to F3 are of.
+        soaked: what the soak said, which F19 is of; empty: there was none.
+    """
     killed = [row for row in losses_measured if row["signal"] == "SIGKILL"]
     stopped = [row for row in losses_measured if row["signal"] == "SIGSTOP"]
     rows = [
-        _row("F1", "kill in an all-reduce", "s until all know", 0.1, max(r["all know"] for r in killed)),
-        _row("F1", "", "s until the step is done by those left", 1.0, max(r["step redone"] for r in killed)),
-        _row("F2", "the same, no neighbour of the dead", "s until all know", 0.1, max(r["others know"] for r in killed)),
-        _row("F3", "SIGSTOP in an all-reduce, limit_s=5", "s until all know", 6.0, max(r["all know"] for r in stopped)),
+        _row("F1", "kill in an all-reduce", "s until all know", 0.1, max(r["all know"] for r in killed), LOSSES),
+        _row("F1", "", "s until the step is done by those left", 1.0, max(r["step redone"] for r in killed), LOSSES),
+        _row("F2", "the same, no neighbour of the dead", "s until all know", 0.1, max(r["others know"] for r in killed), LOSSES),
+        _row("F3", "SIGSTOP in an all-reduce, limit_s=5", "s until all know", 6.0, max(r["all know"] for r in stopped), LOSSES),
     ]  # fmt: skip
-    for figure in _FIGURES:
-        if isinstance(figure.measure, str):
-            row = _row(figure.name, figure.inject, figure.what, figure.limit, None)
-            rows.append(row | {"measured": figure.measure})
-            continue
-        print(f"{figure.name}: {figure.inject}", flush=True)
-        rows.append(_row(figure.name, figure.inject, figure.what, figure.limit, figure.measure()))
+    rows += map(_measured, _FIGURES)
+    if soaked:
+        inject = f"{soaked['minutes']:g} minutes of random kills and starts"
+        longest = soaked["longest time without a step, s"]
+        command = f"python benchmarks/faults.py --soak {soaked['minutes']:g}"
+        row = _row("F19", inject, "s without a step", 60, longest, command)
+        rows.insert(-1, row)
     return rows
 
 
-def _row(name: str, inject: str, what: str, limit: float, measured: float | None) -> dict[str, Any]:
+def _row(
+    name: str, inject: str, what: str, limit: float, measured: float, command: str
+) -> dict[str, Any]:
     return {
         "": name,
         "injected": inject,
         "figure": what,
         "limit": limit,
         "measured": measured,
-        "reached": "" if measured is None else measured <= limit,
+        "reached": measured <= limit,
+        "command": command,
     }

@@ -56,17 +56,29 @@ class StepHandle(KeepsState[Reducer]):
         self._members = members
         self._wire_checksums = wire_checksums
         self._last_step = StepStats()
-        self.comm = DistComm(group)
+        self.comm = self._comm_of(group)
         if members is None:  # which call rebuild() when the loop begins
             self._connect(group)
         self._registration = optimizer.register_step_pre_hook(self._reduce)
         if members is not None:
             members.add(self)
 
+    @staticmethod
+    def _default_group() -> dist.ProcessGroup:
+        return require_group(None)
+
+    def _comm_of(self, group: dist.ProcessGroup) -> DistComm:
+        """Collectives for whoever trains."""
+        return DistComm(group)
+
+    def _private_comm_of(self, group: dist.ProcessGroup) -> Comm:
+        """Collectives for reductions alone."""
+        return DistComm(new_group_like(group, self._timeout_s), self._timeout_s)
+
     def _connect(self, group: dist.ProcessGroup) -> None:
         """Reduce over ``group`` from now on. Collective."""
-        self.comm = DistComm(group)
-        private = DistComm(new_group_like(group, self._timeout_s), self._timeout_s)
+        self.comm = self._comm_of(group)
+        private = self._private_comm_of(group)
         self._private_comm: Comm = CheckedComm(private) if self._wire_checksums else private
         if self._members is not None:
             dealt_again(self.reducer, self._parameters, self.comm)
@@ -119,8 +131,8 @@ class StepHandle(KeepsState[Reducer]):
         Raises:
             RuntimeError: its ranks disagree on scheme or model.
         """
-        group = require_group(None)
-        comm, error = DistComm(group), None
+        group = self._default_group()
+        comm, error = self._comm_of(group), None
         optimizer = getattr(self.reducer, "optimizer", None)
         try:
             if isinstance(optimizer, CommOptimizer):

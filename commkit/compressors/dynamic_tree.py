@@ -67,6 +67,9 @@ class DynamicTree(Compressor):
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         codes, scales = payload
+        blocks = -(-ctx.numel // self.block_size)
+        if scales.numel() != blocks:
+            raise ValueError(f"a payload has {scales.numel()} scales for {blocks} blocks")
         x = ops.dequantize_codebook(codes, dynamic_levels(codes.device), scales, self.block_size)
         return x.to(ctx.work_dtype).view(ctx.shape)
 

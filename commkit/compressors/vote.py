@@ -39,7 +39,7 @@ class SignVote(Compressor):
         return (ops.pack_signs(torch.where(flat == 0, coins.to(flat.dtype), flat)),)
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
-        return ops.unpack_signs(payload[0], ctx.numel, ctx.work_dtype).view(ctx.shape)
+        return self.combine([payload], ctx)
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         return -(-ctx.numel // 8)

@@ -40,6 +40,11 @@ class Agent:
         self._thread = threading.Thread(target=self._run, name="commkit-members", daemon=True)
         self._thread.start()
 
+    @staticmethod
+    def now() -> float:
+        """Seconds of the clock by which workers are judged."""
+        return time.monotonic()
+
     def ask(self, question: Callable[[Member], T]) -> T:
         """``question(member)``, while nothing changes."""
         with self._changed:
@@ -57,11 +62,11 @@ class Agent:
         Raises:
             MembershipError: there will be none, because this worker takes no part any more.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = None if timeout_s is None else self.now() + timeout_s
         with self._changed:
             while True:
                 answer = question(self._member)
-                rest = None if deadline is None else deadline - time.monotonic()
+                rest = None if deadline is None else deadline - self.now()
                 if answer or (rest is not None and rest <= 0):
                     return answer
                 self._require_part()
@@ -102,7 +107,7 @@ class Agent:
         """Stop the thread; it writes what the member still has to say. ``serve``: first wait until all others are
         done or lost."""
         with self._changed:
-            while serve and self._thread.is_alive() and not self._member.alone(time.monotonic()):
+            while serve and self._thread.is_alive() and not self._member.alone(self.now()):
                 self._changed.wait(self._member.options.heartbeat_s)
         if serve:  # they may still read why they have to stop
             time.sleep(self._member.options.heartbeat_s)
@@ -150,23 +155,24 @@ class Agent:
 
     def _turn(self) -> bool:
         """One look at the log. False: there is nothing left to do."""
-        now = time.monotonic()
+        now = self.now()
         if now >= self._next_beat:
             self._exchange_beats()
             self._next_beat = now + self._member.options.heartbeat_s
         with self._changed:
             self._watch_connections()
-            position, text = self._member.request(time.monotonic())
+            position, text = self._member.request(self.now())
         have = self._store.compare_set(f"log/{position}", "", text).decode()
         with self._changed:
-            more = self._member.answer(position, have, time.monotonic())
+            more = self._member.answer(position, have, self.now())
+            done = self._member.is_done
             if more or self._member.refused:
                 self._changed.notify_all()
             self._cut_if_over()
         if more:
             return True
         if self._stop:
-            return False
+            return not done  # what it was told while the store was asked, it has yet to say
         self._wake.wait(self._member.options.poll_s)
         self._wake.clear()
         return True
@@ -180,7 +186,7 @@ class Agent:
         beats = self._store.multi_get([f"beat/{worker}" for worker in others]) if others else []
         with self._changed:
             heard = {w: int(beat) for w, beat in zip(others, beats, strict=True)}
-            self._member.heard(heard, time.monotonic())
+            self._member.heard(heard, self.now())
             self._changed.notify_all()
 
     def _watch_connections(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import secrets
-import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from .place import Place
 from .records import View
 from .seal import Seal
 
-_STORE_PATIENCE = 4  # times limit_s
+_STORE_PATIENCE = 4  # times limit_s: how long an answer of the store is waited for
 _NEWS_S = 1.0  # how long an error waits for the news that explains it
 
 
@@ -133,22 +133,27 @@ class Elastic(Session):
             raise RuntimeError(
                 "torch.distributed is initialised already; leave init_process_group out, Elastic makes the group"
             )
-        place = Place.from_environment() if self._place is None else self._place
-        patience_s = _STORE_PATIENCE * self.options.limit_s
-        store = place.store(patience_s)
-        self._store = store.clone()  # type: ignore[attr-defined]
-        self._hosts = place.hosts
-        self._worker = f"{place.rank}-{secrets.token_hex(4)}"
-        now, seal = time.monotonic(), Seal(place.secret, place.job)
-        member = Member(self._worker, self.options, place.world_size, place.rank, now, seal)
-        self._agent = Agent(member, store)
+        self._agent = self._meet()
         while not self._formed:
             view = self._await_epoch()
             try:
-                self._form(view)
+                with self._in_time():
+                    self._form(view)
             except RuntimeError as error:
                 self._explain(view.epoch, error)
         return self
+
+    def _meet(self) -> Agent:
+        """Go to where the others are."""
+        place = Place.from_environment() if self._place is None else self._place
+        patience_s = _STORE_PATIENCE * self.options.limit_s
+        store, self._store = place.stores(patience_s)
+        self._hosts = place.hosts
+        self._worker = f"{place.rank}-{secrets.token_hex(4)}"
+        now, seal = Agent.now(), Seal(place.secret, place.job)
+        return Agent(
+            Member(self._worker, self.options, place.world_size, place.rank, now, seal), store
+        )
 
     def close(self, error: str | None = None) -> None:
         """Leave: with ``error``, the others go on without this worker; else its work is done."""
@@ -227,7 +232,7 @@ class Elastic(Session):
             if not self._in_rounds:
                 self.catch_up()
                 self._settled = False
-                self.agent.ask(lambda m: m.begin_step(time.monotonic()))
+                self._begin_step()
             step = Step(self, self._number)
             yield step
             if not step.over:
@@ -328,18 +333,30 @@ class Elastic(Session):
                 self._end(view.epoch, refusal)
                 continue
             try:
-                if view.epoch != self._formed:
-                    self._form(view)
-                if view.epoch != self._followed:
-                    for attached in self._attached:
-                        attached.rebuild()
-                    self._followed = view.epoch
-                self._hand_over(view)
+                with self._in_time():
+                    if view.epoch != self._formed:
+                        self._form(view)
+                    if view.epoch != self._followed:
+                        for attached in self._attached:
+                            attached.rebuild()
+                        self._followed = view.epoch
+                    self._hand_over(view)
             except RuntimeError as error:
                 self._explain(view.epoch, error)
             else:
                 self._current = view.epoch
                 return
+
+    def _begin_step(self) -> None:
+        now = self.agent.now()
+        self.agent.ask(lambda m: m.begin_step(now))
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """What is done inside is given up as a step is that takes too long."""
+        self._begin_step()
+        yield
+        self.agent.ask(Member.rest)
 
     def _form(self, view: View) -> None:
         agent, epoch = self.agent, view.epoch

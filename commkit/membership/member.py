@@ -68,9 +68,11 @@ class Member:
         self._step_began: float | None = None
         self._failure: str | None = None
         self._leaving: str | None = None
-        self._beats: dict[
-            str, tuple[int, float]
-        ] = {}  # of each worker the last, and when it changed
+        self._beats: dict[str, int] = {}  # of each worker the last
+        self._silent: dict[
+            str, float
+        ] = {}  # seconds since it changed, as far as this worker listened
+        self._listened = now
         self._disconnected: set[str] = set()
 
     # What the driver calls.
@@ -94,8 +96,6 @@ class Member:
         before = self.ledger.view
         alarmed = self.ledger.alarm is not None
         self.ledger.apply(record)
-        if isinstance(record, Join):
-            self._beats.setdefault(record.worker, (-1, now))
         if self.ledger.view is not before:
             self._enter(self.ledger.view, now)
         elif not alarmed and self.ledger.alarm is not None:
@@ -112,10 +112,18 @@ class Member:
         return True
 
     def heard(self, beats: Mapping[str, int], now: float) -> None:
-        """The counters of workers' signs of life as they are now."""
-        for worker, beat in beats.items():
-            if self._beats.get(worker, (-1, now))[0] != beat:
-                self._beats[worker] = beat, now
+        """The counters of workers' signs of life as they are now.
+
+        Whoever has not listened for a while, because it was stopped, or the store was, knows nothing of the others' lives
+        meanwhile: they may have been as unable to speak. Such a gap counts as one heartbeat.
+        """
+        gap, beat_s = now - self._listened, self.options.heartbeat_s
+        self._listened = now
+        for worker in {*beats, *self.others()}:
+            last = self._beats.get(worker, -1)
+            self._beats[worker] = max(last, beats.get(worker, last))
+            silent = self._silent.get(worker, 0.0) + (gap if gap <= 2 * beat_s else beat_s)
+            self._silent[worker] = 0.0 if self._beats[worker] > last else silent
 
     def disconnected(self, epoch: int, workers: Iterable[str]) -> None:
         """These members of ``epoch`` have closed their connections of it to this one. Who does so without having said
@@ -157,8 +165,12 @@ class Member:
         return True
 
     def begin_step(self, now: float) -> None:
-        """A step begins; see ``step_limit_s``."""
+        """A step begins, or the making of a group for it; see ``step_limit_s``."""
         self._step_began = now
+
+    def rest(self) -> None:
+        """Nothing is done together with others now that would have to end in time."""
+        self._step_began = None
 
     def prepare(self, epoch: int, step: int) -> bool:
         """The outcome of ``step`` is here, by the group of ``epoch``. False: the epoch is over; wait for the verdict."""
@@ -187,6 +199,12 @@ class Member:
     @property
     def has_left(self) -> bool:
         return self.worker in self.ledger.left
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the others know all that this worker has to say, or do not care any more."""
+        silent = self.has_left or bool(self.refused) or bool(self.view.stop)
+        return silent or self._leaving is None
 
     def alone(self, now: float) -> bool:
         """Whether all other members are done, have left or are lost."""
@@ -269,7 +287,8 @@ class Member:
             return False
         if worker in self._disconnected:
             return True
-        return now - self._beats.get(worker, (-1, self._began))[1] > self.options.limit_s
+        since = min(now - self._listened, self.options.heartbeat_s)
+        return self._silent.get(worker, 0.0) + since > self.options.limit_s
 
     def _how_lost(self, worker: str) -> str:
         if worker in self._disconnected:

@@ -18,7 +18,8 @@ class ElasticOptions:
             they are ``min_workers``.
         grace_s: how long too few workers wait for others to join before training stops.
         step_limit_s: a step that takes longer is given up by all and done again, together with those that are
-            there; None is for ever. For networks on which some pairs may be cut off while all reach the store.
+            there, and so is finding together and handing the training state over; None is for ever. For networks on
+            which some pairs may be cut off while all reach the store.
         max_tries: so many times in a row the same workers try a step before training stops.
         poll_s: seconds between two looks at the store; half of it is what the news of a loss takes on average.
 

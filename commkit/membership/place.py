@@ -9,6 +9,7 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from ..connections import tcp_connections
 from .seal import secret_of
 
 STORE = "COMMKIT_STORE"
@@ -70,8 +71,10 @@ class Place:
             secret,
         )
 
-    def store(self, timeout_s: float) -> Store:
-        """A connection to the store, which is hosted here if this is the place."""
+    def stores(self, timeout_s: float) -> tuple[Store, Store]:
+        """Two connections to the store, which is hosted here if this is the place; each for a thread of its own. An answer
+        that takes longer than ``timeout_s`` is an error."""
+        before = {connection.inode for connection in tcp_connections()}
         store = TCPStore(
             self.host,
             self.port,
@@ -79,7 +82,12 @@ class Place:
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
         )
-        return PrefixStore(f"commkit/members/{self.job}", store)
+        one = PrefixStore(f"commkit/members/{self.job}", store)
+        other: Store = one.clone()  # type: ignore[attr-defined]
+        for connection in tcp_connections():
+            if connection.inode not in before and connection.peer[1] == store.port:
+                connection.limit_waits(timeout_s)
+        return one, other
 
 
 def _number(given: Mapping[str, str], name: str) -> int:

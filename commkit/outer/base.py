@@ -574,7 +574,11 @@ class OuterSync:
         if self.members is not None:
             dealt_again(self.reducer, self.replica.parameters, private)
         self.reducer.prepare(like, self._round_comm)
-        self._worker = ReductionWorker(alarm, self.options.timeout_s, self.replica.device)
+        self._worker = self.make_worker(alarm)
+
+    def make_worker(self, alarm: Alarm | NoAlarm) -> ReductionWorker:
+        """What carries rounds out beside training."""
+        return ReductionWorker(alarm, self.options.timeout_s, self.replica.device)
 
     def snapshot_like(self, name: str) -> Tensor:
         """An empty tensor like what is sent of parameter ``name``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from itertools import count
 
@@ -22,6 +23,11 @@ class VirtualClock:
     def after(self, seconds: float, call: Callable[[], None]) -> None:
         """Call ``call`` so many seconds from now."""
         heapq.heappush(self._due, (self.now + seconds, next(self._numbers), call))
+
+    @property
+    def next_due(self) -> float:
+        """When the next call is due; inf: none is."""
+        return self._due[0][0] if self._due else math.inf
 
     def run(self, until: float) -> None:
         """Let time pass up to ``until``."""

@@ -73,7 +73,7 @@ class Coordinator(Session):
             coordinator: to set the learning rate.
         network: all ranks; None is the default process group.
         clock: seconds from any start, by which rounds are judged and timed; never runs backwards. Timeouts go by
-            ``time.monotonic`` in any case.
+            the transport's in any case.
 
     Attributes:
         stats: totals (first coordinator only).

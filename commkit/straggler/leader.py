@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -144,9 +143,9 @@ class Leader:
         Raises:
             NotDecodable, RankFailure, TimeoutError: see :meth:`Coordinator.run`.
         """
-        heard = time.monotonic()
+        heard = self._transport.now()
         while True:
-            now, silence = self._now(), time.monotonic() - heard
+            now, silence = self._now(), self._transport.now() - heard
             if self._gate.stuck:
                 self._despair()
                 return
@@ -160,7 +159,7 @@ class Leader:
                     f"timeout_s={self._options.timeout_s:g} s; look at them, or raise it above the longest round"
                 )
             if self._hear(min(closes_at - now, self._options.timeout_s - silence)):
-                heard = time.monotonic()
+                heard = self._transport.now()
 
     def _hear(self, seconds: float) -> bool:
         """Take what comes within so many seconds; whether anything did."""
@@ -394,13 +393,13 @@ class Leader:
 
     def _next_of(self, rank: int, kind: Kind) -> Message:
         """The next message of another coordinator; what workers send meanwhile is taken, too."""
-        end = time.monotonic() + self._options.timeout_s
+        end = self._transport.now() + self._options.timeout_s
         while not self._news[rank]:
             if rank not in self._pending:
                 raise RankFailure(
                     f"coordinator rank {rank} has left without its part of the weights"
                 )
-            left = end - time.monotonic()
+            left = end - self._transport.now()
             if left <= 0:
                 raise TimeoutError(
                     f"coordinator rank {rank} sent nothing for timeout_s={self._options.timeout_s:g} s"

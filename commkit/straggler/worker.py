@@ -340,7 +340,7 @@ class Worker(Session):
     def _poll(self, seconds: float | None) -> None:
         """Take what is there into the inbox; with None, wait until something of each coordinator is."""
         assert self._transport is not None
-        end = time.monotonic() + self.options.timeout_s
+        end = self._transport.now() + self.options.timeout_s
         while True:
             for rank, pending in list(self._pending.items()):
                 while pending.done:
@@ -358,7 +358,7 @@ class Worker(Session):
                 raise RankFailure(str(failure)) from failure
             if not waiting or seconds is not None:
                 return
-            left = end - time.monotonic()
+            left = end - self._transport.now()
             if not self._transport.wait_some([self._pending[rank] for rank in waiting], left):
                 raise TimeoutError(
                     f"coordinator rank {waiting[0]} sent nothing for timeout_s={self.options.timeout_s:g} s; look at "

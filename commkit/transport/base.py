@@ -91,6 +91,9 @@ class Transport(Protocol):
     def sent(self) -> ByteCounter:
         """What this rank has sent, headers included in ``wire_bytes`` alone."""
 
+    def now(self) -> float:
+        """Seconds of the clock by which deadlines go."""
+
     def isend(self, peer: int, message: Message) -> Pending:
         """Send; returns at once. Tensors are copied first, so they may be changed afterwards.
 

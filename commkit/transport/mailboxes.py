@@ -136,6 +136,10 @@ class Mailboxes:
         with self._changed:
             return self._sent.copy()
 
+    def now(self) -> float:
+        """As :meth:`Transport.now`."""
+        return time.monotonic()
+
     def isend(self, peer: int, message: Message) -> Pending:
         """As :meth:`Transport.isend`; an endless backlog is a ``TransportFull``, not a wait.
 
@@ -177,20 +181,20 @@ class Mailboxes:
 
     def wait_some(self, pending: Sequence[Pending], deadline_s: float) -> list[int]:
         """As :meth:`Transport.wait_some`."""
-        end = time.monotonic() + deadline_s
+        end = self.now() + deadline_s
         with self._changed:
             while True:
                 done = [place for place, one in enumerate(pending) if one.done]
-                left = end - time.monotonic()
+                left = end - self.now()
                 if done or left <= 0:
                     return done
                 self._pause(min(left, threading.TIMEOUT_MAX))
 
     def wait_all(self, pending: Sequence[Pending], deadline_s: float) -> bool:
         """As :meth:`Transport.wait_all`."""
-        end = time.monotonic() + deadline_s
+        end = self.now() + deadline_s
         while left := [one for one in pending if not one.done]:
-            if not self.wait_some(left, end - time.monotonic()):
+            if not self.wait_some(left, end - self.now()):
                 return False
         return True
 
@@ -208,9 +212,9 @@ class Mailboxes:
                     slot.error = TransportClosed("the transport was closed")
                 box.claims.clear()
             self._stir()
-            end = time.monotonic() + self.close_s
+            end = self.now() + self.close_s
             while any(b.lost is None or b.sending or b.outbox for b in self._boxes.values()):
-                left = end - time.monotonic()
+                left = end - self.now()
                 if left <= 0:
                     break
                 self._pause(left)

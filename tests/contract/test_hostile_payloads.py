@@ -54,14 +54,24 @@ def test_random_bytes_are_decoded_or_refused(case: CompressorCase, shape: tuple[
             assert result is None or (result.shape == shape and result.dtype == ctx.work_dtype)
 
 
+def other_lengths(x: Tensor) -> list[Tensor]:
+    """Of no element, of half of them, and of one too few and one too many."""
+    flat = x.reshape(-1)
+    lengths = {0, flat.numel() // 2, flat.numel() - 1} - {flat.numel()}
+    return [flat[:n].clone() for n in sorted(lengths)] + [torch.cat([flat, flat[:1]])]
+
+
 @every_shape
 @every_case
-def test_truncated_payloads_are_refused(case: CompressorCase, shape: tuple[int, ...]) -> None:
+def test_payloads_of_another_length_are_refused(
+    case: CompressorCase, shape: tuple[int, ...]
+) -> None:
     x, compressor = sample(shape), case.build()
     ctx = ctx_of(x)
     good = compressor.compress(x, ctx)
     for part, whole in enumerate(good):
-        short = (*good[:part], whole.reshape(-1)[:-1].clone(), *good[part + 1 :])
-        for decode in decoders(compressor, ctx, good, short):
-            with pytest.raises(REFUSALS):
-                decode()
+        for wrong in other_lengths(whole):
+            bad = (*good[:part], wrong, *good[part + 1 :])
+            for decode in decoders(compressor, ctx, good, bad):
+                with pytest.raises(REFUSALS):
+                    decode()

@@ -37,17 +37,23 @@ class Crew:
         function: importable, with picklable results.
         size: workers at the start.
         deadline_s: after which everybody is killed.
+        via: given a rank and the store's port, the port at which that worker is to look for the store.
     """
 
     def __init__(
-        self, function: Callable[..., Any], size: int, *args: Any, deadline_s: float = 60.0
+        self,
+        function: Callable[..., Any],
+        size: int,
+        *args: Any,
+        deadline_s: float = 60.0,
+        via: Callable[[int, int], int] = lambda rank, port: port,
     ) -> None:
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "torch.distributed", "commkit"])
         # One from each: a queue's lock would die with the worker that holds it.
         self._news: dict[Any, int] = {}
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._function, self._size, self._args = function, size, args
+        self._function, self._size, self._args, self._via = function, size, args, via
         self._deadline = time.monotonic() + deadline_s
         self._processes: list[Any] = []
         self.told: dict[int, list[Any]] = {}
@@ -68,7 +74,8 @@ class Crew:
     def start(self, *args: Any) -> int:
         """One more worker, with ``args`` after the others'; its rank is the next number."""
         rank = len(self._processes)
-        place = Place(rank, self._size, "127.0.0.1", self._store.port, False, "test")
+        port = self._via(rank, self._store.port)
+        place = Place(rank, self._size, "127.0.0.1", port, False, "test")
         receive, send = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=_body,

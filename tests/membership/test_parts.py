@@ -25,6 +25,7 @@ from commkit.membership import (
     decode,
     encode,
 )
+from commkit.membership.agent import Agent
 
 OPTIONS = ElasticOptions(min_workers=2, heartbeat_s=1.0, limit_s=3.0)
 TWO = View(1, ("a", "b"), ("a",), 0)
@@ -81,11 +82,47 @@ def _wish(member: Member, now: float) -> Any:
 
 def test_a_silent_worker_is_given_up_after_the_limit() -> None:
     member = _member("a")
-    member.heard({"b": 1}, 1.0)
-    assert _wish(member, 3.9) is None
+    for now in (1.0, 2.0, 3.0, 4.0):
+        assert _wish(member, now) is None
+        member.heard({"b": 1}, now)
     alarm = _wish(member, 4.1)
     assert isinstance(alarm, Alarm)
     assert "worker b gave no sign of life for limit_s=3 s" in alarm.reason
+
+
+def test_who_was_deaf_gives_nobody_up() -> None:
+    """The store was stopped for a minute, and so nobody's signs of life were to be heard."""
+    member = _member("a")
+    member.heard({"b": 1}, 1.0)
+    assert _wish(member, 61.0) is None
+    member.heard({"b": 1}, 61.0)  # b has not had its turn yet
+    assert _wish(member, 61.5) is None
+    member.heard({"b": 2}, 62.0)
+    assert _wish(member, 62.5) is None
+    for now in (63.0, 64.0, 65.0):
+        member.heard({"b": 2}, now)
+    assert isinstance(_wish(member, 65.1), Alarm)
+
+
+def test_a_slow_store_makes_patient_but_not_for_ever() -> None:
+    member, now = _member("a"), 1.0
+    while _wish(member, now) is None:
+        member.heard({"b": 1}, now)
+        now += 10.0
+        assert now < 60.0
+    assert now > 30.0
+
+
+def test_making_a_group_has_a_limit_too() -> None:
+    options = ElasticOptions(min_workers=2, heartbeat_s=1.0, limit_s=30.0, step_limit_s=5.0)
+    member = Member("a", options, 2, 0, 0.0)
+    _feed(member, Join("a"), Join("b"), TWO)
+    assert _wish(member, 20.0) is None  # its owner builds a model
+    member.begin_step(20.0)
+    assert _wish(member, 24.0) is None
+    assert _wish(member, 25.1).reason == "a step took longer than step_limit_s=5"
+    member.rest()
+    assert _wish(member, 29.0) is None
 
 
 def test_a_worker_that_ends_is_given_up_at_once() -> None:
@@ -134,7 +171,9 @@ def test_the_least_prepared_member_decides() -> None:
 
 def test_nobody_proposes_before_all_are_ready_or_lost() -> None:
     member = _member("a", Alarm(1, "a", "lost"), Ready(1, "a", 0))
-    assert _wish(member, 2.0) is None
+    for now in (1.0, 2.0, 3.0):
+        assert _wish(member, now) is None
+        member.heard({}, now)
     assert _wish(member, 3.1).stop == "1 workers are left, fewer than min_workers=2"
 
 
@@ -186,6 +225,42 @@ def test_places() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Place.from_environment(given)
+
+
+class _SlowStore:
+    """A store that answers when the test lets it."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.asked, self.answers = threading.Event(), threading.Event()
+        self.answers.set()
+
+    def set(self, key: str, value: str) -> None:
+        self.texts[key] = value
+
+    def compare_set(self, key: str, expected: str, text: str) -> bytes:
+        self.asked.set()
+        assert self.answers.wait(10.0)
+        if text:
+            self.texts.setdefault(key, text)
+        return self.texts.get(key, "").encode()
+
+
+def test_a_worker_that_ends_while_its_agent_asks_the_store_says_so_afterwards() -> None:
+    """Else the others took it for lost, and were too few to go on."""
+    store = _SlowStore()
+    agent = Agent(Member("a", ElasticOptions(), 1, 0, Agent.now()), store)  # type: ignore[arg-type]
+    agent.wait_for(lambda m: m.working, 10.0)
+    store.answers.clear()
+    store.asked.clear()
+    assert store.asked.wait(10.0)  # for news: it has nothing to say yet
+    agent.order(lambda m: m.leave())
+    closing = threading.Thread(target=agent.close)
+    closing.start()
+    closing.join(0.1)
+    store.answers.set()
+    closing.join(10.0)
+    assert Leave("a") in [decode(text) for key, text in store.texts.items() if "log/" in key]
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:

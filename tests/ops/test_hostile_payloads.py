@@ -74,6 +74,19 @@ def test_blocks(n: int, rows: int, code: int, block: int, seed: int, accumulate:
     guarded.require_whole()
 
 
+@hostile
+@given(st.lists(sizes, min_size=1, max_size=4), st.integers(1, 4), seeds, st.booleans())
+def test_signs_of_many(ns: list[int], rows: int, seed: int, accumulate: bool) -> None:
+    guarded = [Guarded(n) for n in ns]
+    outs = [each.out for each in guarded]
+    bits = [noise(seed + row, sum((n + 7) // 8 for n in ns), torch.uint8) for row in range(rows)]
+    scales = noise(seed, rows * len(ns), torch.float32).view(rows, len(ns))
+    decode = ops.foreach_accumulate_signs_ if accumulate else ops.foreach_write_signs_
+    decode(outs, bits, scales)
+    for each in guarded:
+        each.require_whole()
+
+
 def _indices(n: int, seed: int, k: int, dtype: torch.dtype, wild: bool) -> Tensor:
     if wild:
         return noise(seed, k, dtype)
@@ -137,6 +150,8 @@ def _calls(out: Tensor, seed: int, by: int) -> Iterator[Callable[[], Any]]:
 
     yield lambda: ops.write_signs_(out, [wrong(bits)], scales)
     yield lambda: ops.accumulate_signs_(out, [bits], wrong(scales))
+    yield lambda: ops.foreach_write_signs_([out], [wrong(bits)], scales.view(1, 1))
+    yield lambda: ops.foreach_accumulate_signs_([out], [bits], wrong(scales).view(1, -1))
     yield lambda: ops.write_blocks_(out, [wrong(codes)], [ones], 4, block, 1)
     yield lambda: ops.accumulate_blocks_(out, [codes], [wrong(ones)], 4, block, 1)
     yield lambda: ops.write_e3m0_(out, [wrong(codes)], [ones], block, 1)
