@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -108,7 +108,9 @@ class VirtualComm(ThreadComm):
     def _wiring(self) -> VirtualWiring:
         return self._virtual.wirings[self._place]
 
-    def _exchange(self, call: tuple[Any, ...], value: Any) -> list[Any]:
+    def _exchange(
+        self, call: tuple[Any, ...], value: Any, combine: Callable[[list[Any]], Any] = list
+    ) -> Any:
         group, key = self._virtual, (self._name, self._number)
         self._number += 1
         self._require_whole()
@@ -132,7 +134,7 @@ class VirtualComm(ThreadComm):
                 raise AssertionError(
                     f"rank {self._rank} calls {call} while rank {rank} calls {other_call}"
                 )
-        return [each for _, each in told]
+        return combine([each for _, each in told])
 
     def _require_whole(self) -> None:
         if self._wiring.over:
