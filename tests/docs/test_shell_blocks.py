@@ -90,12 +90,13 @@ MEMBERS = those("python", "-m", "launch.members")
 ELASTIC = [line for line in MEMBERS if TRAIN in shlex.split(line)]
 TRAINING = [line for _, line in LINES if TRAIN in shlex.split(line) and line not in ELASTIC]
 PROBING = [line for _, line in LINES if "commkit.cli probe" in line]
+SIMULATING = [line for _, line in LINES if " -m commkit.sim." in line]
 SCRIPTS = [line for _, line in LINES if re.search(r"(^|\s)launch/\w+\.sh\s", line)]
 
 
 def test_every_line_is_tried_somewhere():
     tried = TRAINING + SCRIPTS + those("make") + those("pip", "install") + those("commkit")
-    tried += MEMBERS + PROBING
+    tried += MEMBERS + PROBING + SIMULATING
     assert {line for _, line in LINES} == set(tried)
 
 
@@ -156,6 +157,13 @@ def test_advice_is_given(line, monkeypatch, capsys, tmp_path):
     (tmp_path / "probe.json").write_text(probe_of().model_dump_json())
     assert cli.main(shlex.split(line)[1:]) == 0
     assert "ddp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", SIMULATING)
+def test_simulators_take_seeds(line):
+    words = shlex.split(line)
+    words[words.index("--count") + 1] = "2"
+    subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("line", PROBING)
