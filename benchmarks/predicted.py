@@ -20,6 +20,7 @@ from typing import Any
 
 import harness
 from report import Result, Target, main
+from trials.local import E3M0
 
 from commkit.advise import PLAIN, Question, Row, choose, kind_of
 from commkit.cost.pace import Pace
@@ -35,15 +36,6 @@ NOOP = "noop"
 # The scheme of a configuration, where its name is not that.
 ALIKE = {"torch:ddp": "ddp", "diloco_int8": "diloco", "streaming": "streaming_diloco"}
 # Recipes of local_updates_4_nodes_50mbit.md: what is set besides the steps of a round.
-E3M0 = {
-    "name": "compose",
-    "aggregator": {
-        "name": "two_shot",
-        "compressor": "e3m0",
-        "server_feedback": "error_feedback",
-    },
-    "feedback": "error_feedback",
-}
 LOCAL: dict[str, dict[str, Any]] = {
     "co2": {},
     "edit": {},

@@ -11,7 +11,7 @@ from typing import Any
 from trials.systems import DENSE, Recipe, System
 
 _WARMUP = {"warmup_steps": 32}  # synchronous steps, while the learning rate rises
-_E3M0 = {
+E3M0 = {
     "name": "compose",
     "aggregator": {
         "name": "two_shot",
@@ -78,7 +78,7 @@ LOCAL_SYSTEMS: tuple[System, ...] = (
         sync_every=64,
         fragments=2,
         overlap=2,
-        reducer=_E3M0,
+        reducer=E3M0,
     ),
     _row("co2_16", "one round late", _CO2, _BOTH, name="co2", sync_every=16),
     _row("co2_64", "one round late", name="co2", sync_every=64),

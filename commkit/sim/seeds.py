@@ -6,11 +6,19 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from .membership.judge import InvariantError
 
-T = TypeVar("T")
+
+class Faulty(Protocol):
+    """An outcome that knows how many faults of each kind there were."""
+
+    @property
+    def faults(self) -> Mapping[str, int]: ...
+
+
+T = TypeVar("T", bound=Faulty)
 
 
 def run_seeds(
@@ -24,7 +32,7 @@ def run_seeds(
     Args:
         about: for the help.
         simulate: one seed.
-        tally: what to add up of an outcome, by name.
+        tally: what to add up of an outcome besides its faults, by name.
         add_options: that ``simulate`` reads.
     """
     parser = argparse.ArgumentParser(description=about)
@@ -37,12 +45,15 @@ def run_seeds(
     total: Counter[str] = Counter()
     for seed in range(args.first, args.first + args.count):
         try:
-            total.update(tally(simulate(seed, args)))
+            outcome = simulate(seed, args)
         except InvariantError as error:
             print(error, flush=True)
             broken += 1
             if not args.keep_going:
                 return 1
+        else:
+            total.update({f"fault: {kind}": count for kind, count in outcome.faults.items()})
+            total.update(tally(outcome))
     seconds = time.perf_counter() - start
     print(f"{args.count} seeds in {seconds:.1f} s, {broken} broken")
     print(", ".join(f"{name} {count}" for name, count in sorted(total.items())))

@@ -10,8 +10,7 @@ from .world import METHODS, Outcome, simulate
 
 
 def _tally(outcome: Outcome) -> Mapping[str, int]:
-    faults = {f"fault: {kind}": count for kind, count in outcome.faults.items()}
-    return faults | {
+    return {
         f"coordinator ended: {outcome.end}": 1,
         "steps": outcome.steps,
         "late results": outcome.late,

@@ -10,9 +10,8 @@ from .world import Outcome, simulate
 
 
 def _tally(outcome: Outcome) -> Mapping[str, int]:
-    faults = {f"fault: {kind}": count for kind, count in outcome.faults.items()}
     stopped = int(bool(outcome.stop))
-    return faults | {"epochs": outcome.epochs, "steps": outcome.steps, "stopped early": stopped}
+    return {"epochs": outcome.epochs, "steps": outcome.steps, "stopped early": stopped}
 
 
 if __name__ == "__main__":

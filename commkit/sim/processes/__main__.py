@@ -10,9 +10,8 @@ from .world import METHODS, Outcome, simulate
 
 
 def _tally(outcome: Outcome) -> Mapping[str, int]:
-    faults = {f"fault: {kind}": count for kind, count in outcome.faults.items()}
     ends = {f"workers ended: {end}": count for end, count in outcome.ends.items()}
-    return faults | ends | {"epochs": outcome.epochs, "rounds": outcome.rounds}
+    return ends | {"epochs": outcome.epochs, "rounds": outcome.rounds}
 
 
 if __name__ == "__main__":
