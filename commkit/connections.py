@@ -109,6 +109,7 @@ class Wiring:
         self._lock = threading.Lock()
         self._watched: list[tuple[int, Connection]] = []  # by rank
         self._working: list[Connection] = []
+        self._opened: list[Connection] = []  # not yet known whose
         self._before: set[int] | None = None
         self._cut = False
 
@@ -127,8 +128,9 @@ class Wiring:
             yield opened
         finally:
             with self._lock:
-                opened.extend(self._new())
+                self._opened = self._new()
                 self._before = None
+                opened.extend(self._opened)
         self._refuse_cut()
 
     def keep(
@@ -152,6 +154,7 @@ class Wiring:
                 "not be noticed; unset TORCH_GLOO_LAZY_INIT, and let no address be translated between ranks"
             )
         with self._lock:
+            self._opened = []
             if watch:
                 self._watched = ours
                 return
@@ -167,7 +170,7 @@ class Wiring:
         """End all that waits, and whatever is made later, with an error."""
         with self._lock:
             self._cut = True
-            self._shut([*self._working, *self._new()])
+            self._shut([*self._working, *self._opened, *self._new()])
 
     def _new(self) -> list[Connection]:
         if self._before is None:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from .. import connections
-from ..comm import CollectiveError, DistComm, made_in_wiring, require_group
+from ..comm import CollectiveError, DistComm, made_in_wiring
 from ..connections import ConnectionsCut
 from ..runtime.session import Session
 from ..types import Comm, Stateful
-from . import hand_over
+from . import default_group, hand_over
 from .agent import Agent
 from .epoch_store import EpochStore
 from .errors import MembershipError, StepGivenUp
@@ -163,8 +163,7 @@ class Elastic(Session):
         agent.order(lambda m: m.leave(error or ""))
         agent.close(serve=self._hosts)  # nobody can agree on anything without the store
         connections.use(None)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        default_group.destroy()
 
     def remaining(self, timeout_s: float = 60.0) -> DistComm:
         """After :class:`TrainingStopped`: collectives of the workers that are left with the training state, for a last
@@ -182,17 +181,15 @@ class Elastic(Session):
                 f"worker {self._worker} is none of those that can save what they have: {view.sources or 'nobody'}"
             )
         connections.use(None)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        default_group.destroy()
         own = self._epoch_store = EpochStore(self._store, lambda: None)
-        dist.init_process_group(
-            "gloo",
-            store=PrefixStore(f"stopped/{view.epoch}", own),
-            rank=view.sources.index(self._worker),
-            world_size=len(view.sources),
-            timeout=timedelta(seconds=timeout_s),
+        group = default_group.make(
+            PrefixStore(f"stopped/{view.epoch}", own),
+            view.sources.index(self._worker),
+            len(view.sources),
+            timedelta(seconds=timeout_s),
         )
-        return DistComm(require_group(None))
+        return DistComm(group)
 
     def add(self, attached: Attached) -> None:
         """From now on ``attached`` follows the group; called by ``attach``.
@@ -361,25 +358,15 @@ class Elastic(Session):
     def _form(self, view: View) -> None:
         agent, epoch = self.agent, view.epoch
         connections.use(agent.wired(view))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        default_group.destroy()
         # Kept: torch knows only the part of it that is its own.
         own = self._epoch_store = EpochStore(
             self._store, lambda: agent.require_epoch(epoch, complete=True)
         )
         rank, size = view.members.index(self._worker), len(view.members)
-
-        def world() -> dist.ProcessGroup:
-            dist.init_process_group(
-                "gloo",
-                store=PrefixStore(f"epoch/{epoch}", own),
-                rank=rank,
-                world_size=size,
-            )
-            return require_group(None)
-
+        store = PrefixStore(f"epoch/{epoch}", own)
         try:
-            group = made_in_wiring(world)
+            group = made_in_wiring(lambda: default_group.make(store, rank, size))
             made_in_wiring(lambda: dist.new_group(list(range(size))), watch=True)
         except RuntimeError as error:
             raise CollectiveError(f"the group of epoch {epoch} was not made: {error}") from error

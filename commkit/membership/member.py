@@ -268,9 +268,15 @@ class Member:
         if limit is not None and self._step_began is not None and now - self._step_began > limit:
             return f"a step took longer than step_limit_s={limit:g}"
         present = [w for w in self.ledger.view.members if w not in self.ledger.left]
-        for worker in self._taken_in(present, self._waiting(now)):
-            return f"worker {worker} joins"
+        if self._has_settled_down(now):
+            for worker in self._taken_in(present, self._waiting(now)):
+                return f"worker {worker} joins"
         return None
+
+    def _has_settled_down(self, now: float) -> bool:
+        """Whether the epoch may end for a worker that joins: if each did so at once, many that come one after the other
+        would leave no time for a step."""
+        return self.committed > self.view.step or now - self._began > self.options.limit_s
 
     def _waiting(self, now: float) -> list[str]:
         return [w for w in self.ledger.waiting if not self._lost(w, now)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from commkit.comm import CollectiveError
-from commkit.membership import ElasticOptions, hand_over
+from commkit.membership import ElasticOptions, default_group, hand_over
+from commkit.membership.epoch_store import EpochStore
 
 from .crew import Crew
 from .training import QUICK, die, digest, loss_of, make_model, train
@@ -109,6 +112,31 @@ def test_a_short_pause_evicts_nobody() -> None:
         for result in crew.finish(0, 1, 2):
             assert _worlds(result) == [3] * 6
             assert result["epoch"] == 1
+
+
+def _groups_fail(rank: int) -> None:
+    """Some fail more often than others, as they do while workers come and go."""
+    make, failures = default_group.make, iter(range(rank))
+
+    def refuse() -> None:
+        raise RuntimeError("connection refused")
+
+    def failing(*args: Any) -> Any:
+        for _ in failures:
+            with suppress(RuntimeError):
+                make(EpochStore(HashStore(), refuse), 0, 2)
+        return make(*args)
+
+    default_group.make = failing
+
+
+def test_groups_that_are_not_made_are_made_again() -> None:
+    with Crew(train, 3, "ddp", 3, QUICK, None, 0.0, _groups_fail) as crew:
+        results = crew.finish(0, 1, 2)
+    for result in results:
+        assert _worlds(result) == [3, 3, 3]
+        assert result["epoch"] == 1
+        assert result["digest"] == pytest.approx(_reference(set(), 3, 3, since=3), rel=1e-5)
 
 
 def test_too_few_workers_stop_cleanly() -> None:

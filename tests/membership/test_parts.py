@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import HashStore
 
 import commkit
 from commkit import Elastic
@@ -23,9 +25,11 @@ from commkit.membership import (
     Ready,
     View,
     decode,
+    default_group,
     encode,
 )
 from commkit.membership.agent import Agent
+from commkit.membership.epoch_store import EpochStore
 
 OPTIONS = ElasticOptions(min_workers=2, heartbeat_s=1.0, limit_s=3.0)
 TWO = View(1, ("a", "b"), ("a",), 0)
@@ -131,10 +135,25 @@ def test_a_worker_that_ends_is_given_up_at_once() -> None:
     assert "worker b has ended" in _wish(member, 0.1).reason
 
 
+def test_who_joins_leaves_the_others_time_for_a_step() -> None:
+    member = _member("a", Join("c"))
+    assert _wish(member, 0.1) is None
+    assert member.prepare(1, 1) and member.commit(1, 1)
+    assert "worker c joins" in _wish(member, 0.2).reason
+
+
+def test_who_joins_does_not_wait_for_ever_for_others_that_make_no_step() -> None:
+    member = _member("a", Join("c"))
+    for now in (1.0, 2.0, 3.0):
+        member.heard({"b": int(now), "c": int(now)}, now)
+        assert _wish(member, now) is None
+    assert "worker c joins" in _wish(member, 3.1).reason
+
+
 def test_who_would_make_a_number_that_cannot_train_waits_for_a_loss() -> None:
     member = _member("a", Join("c"), Join("d"), Join("e"))
     member.refuses = lambda size: "" if size in (2, 4) else f"{size} is no power of two"
-    assert "worker c joins" in _wish(member, 0.0).reason
+    assert "worker c joins" in _wish(member, 3.5).reason
     _feed(member, Alarm(1, "a", "c joins"), Ready(1, "a", 0), Ready(1, "b", 0))
     assert _wish(member, 0.0) == View(2, ("a", "b", "c", "d"), ("a", "b"), 0)
     _feed(member, _wish(member, 0.0))
@@ -288,6 +307,30 @@ def test_whoever_waits_on_a_connection_that_is_cut_is_woken() -> None:
         assert its_peer.recv(1) == b"x"
         with pytest.raises(RuntimeError, match="not together any more"), wiring.opening():
             pass
+
+
+def test_connections_are_cut_before_it_is_known_whose_they_are() -> None:
+    """Members tell each other their addresses over them, and may be lost then."""
+    wiring = Wiring()
+    with wiring.opening():
+        one, other = _pair()
+    with one, other:
+        wiring.cut()
+        one.settimeout(5.0)
+        assert one.recv(1) == b""
+
+
+def test_a_default_group_that_was_not_made_leaves_no_trace() -> None:
+    def refuse() -> None:
+        raise RuntimeError("epoch 1 is over")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="epoch 1 is over"):
+            default_group.make(EpochStore(HashStore(), refuse), 0, 2)
+    own = EpochStore(HashStore(), lambda: None)
+    assert default_group.make(own, 0, 1).group_name == "0"
+    default_group.destroy()
+    assert not dist.is_initialized()
 
 
 def test_a_closed_connection_is_seen_and_its_descriptor_is_not_taken_for_it() -> None:
