@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import connections
+from .connections import ConnectionsCut
 from .metrics import profiler_range
+from .patience import patiently
 from .types import ByteCounter, ReduceOp
 
 _PEER = {dist.isend: "group_dst", dist.irecv: "group_src"}
@@ -53,12 +55,12 @@ class CollectiveError(RuntimeError):
 
 
 def _collective(method: Callable[P, R]) -> Callable[P, R]:
-    """``method`` with torch's plain RuntimeError as a :class:`CollectiveError`."""
+    """``method`` with torch's plain RuntimeError as a :class:`CollectiveError`, and given up when it waits in vain."""
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return method(*args, **kwargs)
+            return patiently(lambda: method(*args, **kwargs))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -171,7 +173,10 @@ class DistComm:
         with self._counted("exchange", size, size):
             if dist.get_backend(self.group) == "nccl":
                 return self._exchange_both_ways(sends, receives)
-            return self._exchange_each(sends, receives, tag)
+            try:
+                return patiently(lambda: self._exchange_each(sends, receives, tag))
+            except ConnectionsCut:
+                return {*sends, *receives}
 
     def _exchange_both_ways(
         self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]
@@ -324,7 +329,7 @@ def made_in_wiring(make: Callable[[], dist.ProcessGroup], watch: bool = False) -
     if wiring is None:
         return make()
     with wiring.opening() as opened:
-        group = make()
+        group = patiently(make)
     own = [c.local for c in opened]
     wiring.keep(opened, DistComm(group).all_gather_object(own), watch)
     return group

@@ -13,6 +13,7 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Wiring:
         self._working: list[Connection] = []
         self._opened: list[Connection] = []  # not yet known whose
         self._before: set[int] | None = None
-        self._cut = False
+        self._cut_at: float | None = None
 
     @contextmanager
     def opening(self) -> Iterator[list[Connection]]:
@@ -159,7 +160,7 @@ class Wiring:
                 self._watched = ours
                 return
             self._working += [c for _, c in ours]
-            if self._cut:
+            if self._cut_at is not None:
                 self._shut(self._working)
 
     def closed(self) -> set[int]:
@@ -169,7 +170,8 @@ class Wiring:
     def cut(self) -> None:
         """End all that waits, and whatever is made later, with an error."""
         with self._lock:
-            self._cut = True
+            if self._cut_at is None:
+                self._cut_at = time.monotonic()
             self._shut([*self._working, *self._opened, *self._new()])
 
     def _new(self) -> list[Connection]:
@@ -177,8 +179,12 @@ class Wiring:
             return []
         return [c for c in tcp_connections() if c.inode not in self._before]
 
+    def cut_for_s(self) -> float | None:
+        """Seconds since it was cut first; None: it was not."""
+        return None if self._cut_at is None else time.monotonic() - self._cut_at
+
     def _refuse_cut(self) -> None:
-        if self._cut:
+        if self._cut_at is not None:
             raise ConnectionsCut("these workers are not together any more")
 
     @staticmethod

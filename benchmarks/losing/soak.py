@@ -107,7 +107,7 @@ def _end_of(crew: Crew, rank: int) -> str:
     try:
         crew.finish(rank)
     except AssertionError:
-        return crew.error_of(rank)[0] if rank in crew.errors else "late"
+        return ": ".join(crew.error_of(rank)) if rank in crew.errors else "late"
     return "well"
 
 

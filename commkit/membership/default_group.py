@@ -21,9 +21,7 @@ def make(
     # torch names a group by a counter of its process, which it sets back when a default group is destroyed but not
     # when one could not be made: whoever failed once would meet the others under another name, and all would wait.
     dist.distributed_c10d._world.group_count = 0
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return require_group(None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from commkit import Elastic
 from commkit.comm import CollectiveError
-from commkit.membership import ElasticOptions, default_group, hand_over
+from commkit.membership import ElasticOptions, Place, default_group, hand_over
 from commkit.membership.epoch_store import EpochStore
 
 from .crew import Crew
@@ -102,6 +104,22 @@ def test_a_stopped_worker_is_left_out_and_told() -> None:
         kind, message = crew.error_of(1)
     assert kind == "WorkerEvicted"
     assert "limit_s=3" in message
+
+
+def _send_much(place: Place, tell: Any) -> set[int]:
+    """To a worker that stops when it has received a part of it."""
+    much = torch.zeros(1 << 28, dtype=torch.uint8)
+    with Elastic(QUICK, place) as members:
+        if members.rank == 0:
+            return members.comm.exchange({1: much}, {})
+        threading.Timer(0.03, die, [signal.SIGSTOP]).start()
+        return members.comm.exchange({}, {0: much})
+
+
+def test_who_sends_to_a_worker_that_stops_is_woken() -> None:
+    """Half written, it is nothing that gloo ends with the connection."""
+    with Crew(_send_much, 2) as crew:
+        assert crew.finish(0) == [{1}]
 
 
 def test_a_short_pause_evicts_nobody() -> None:

@@ -138,7 +138,8 @@ def test_a_worker_that_ends_is_given_up_at_once() -> None:
 def test_who_joins_leaves_the_others_time_for_a_step() -> None:
     member = _member("a", Join("c"))
     assert _wish(member, 0.1) is None
-    assert member.prepare(1, 1) and member.commit(1, 1)
+    assert member.prepare(1, 1)
+    assert member.commit(1, 1)
     assert "worker c joins" in _wish(member, 0.2).reason
 
 
