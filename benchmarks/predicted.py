@@ -2,8 +2,9 @@
 
 What a step takes to compute is the measured step of ``noop`` in the same comparison; the rate is the link's nominal one.
 Latency, what collectives and compression take, and the processor time of sending come from probes that were made in labs
-of as many nodes (``results/probes/N_nodes.json``, written by ``commkit probe``); since a machine's other load differs from day
-to day, processor times are multiplied by the comparison's ``noop`` step over the probe's. Nothing is fitted to a cell.
+of as many nodes (``results/probes/N_nodes.json``, written by ``commkit probe``; for the grid of nodes and rates, of the same
+machine and hour, ``results/probes/grid``); since a machine's other load differs from day to day, processor times are
+multiplied by the comparison's ``noop`` step over the probe's. Nothing is fitted to a cell.
 
     python benchmarks/predicted.py [--probes DIR] [--json FILE]
 """
@@ -49,17 +50,14 @@ REDUCERS = {"diloco_int8": "int8", "streaming": "int4"}
 SYNC_EVERY = 64
 PROBED_BATCH = 4
 FEWEST = 6  # steps of which a median means something
+FEWEST_SLOW = 3  # where all are alike, as plain DDP's are that wait for the link
+GRID = "grid"
 SKIPPED = {
     "torch_powersgd": "torch's own hook",
     "torch:powersgd": "torch's own hook",
 }
-TWICE = ("ddp_4_nodes_1gbit", "every_scheme_4_nodes_1gbit")
 # Why cells lie outside.
 MISSES = {
-    (
-        "every_scheme_4_nodes_1gbit",
-        "most schemes",
-    ): "the load average rose from 4.8 to 8.4 on two cores between its runs, of one round each, so that its noop is not what others computed beside",
     (
         "local_updates_4_nodes_50mbit",
         "co2 and streaming",
@@ -109,6 +107,8 @@ class Cell:
         """Why there is no prediction; empty if there is one."""
         if self.setting["steps"] < FEWEST:
             return f"{self.setting['steps']} steps, for the bytes"
+        if self.measured["steps"] < FEWEST_SLOW:
+            return f"{self.measured['steps']:.0f} steps in its seconds"
         if self.name.startswith("hsdp"):
             return "sharded inside nodes"
         return SKIPPED.get(self.name, "")
@@ -186,6 +186,12 @@ def probe_of(folder: Path, ranks: int) -> Probe:
     return load_probe(folder / f"{ranks}_nodes.json")
 
 
+def probe_for(probes: Path, cell: Cell) -> Probe:
+    """The probe of the machine and the time of the cell, as near as there is one."""
+    folder = probes / GRID if cell.comparison.startswith(GRID) else probes
+    return probe_of(folder, cell.setting["nodes"] * cell.setting["ranks_per_node"])
+
+
 def row_of(cell: Cell, found: Prediction) -> dict[str, Any]:
     ratio = found.step_s / cell.seconds
     counted = cell.measured.get("wire_bytes")
@@ -231,15 +237,14 @@ def measure(options: argparse.Namespace) -> Result:
                     {"comparison": path.stem, "scheme": cell.name, "note": cell.note}
                 )
                 continue
-            ranks = cell.setting["nodes"] * cell.setting["ranks_per_node"]
-            prediction = cell.predicted(probe_of(options.probes, ranks))
+            prediction = cell.predicted(probe_for(options.probes, cell))
             rows.append(row_of(cell, prediction))
             found[cell.name] = (cell, prediction)
         if len({cell.scheme for cell, _ in found.values()}) > 1 and PLAIN in found:
             choices.append({"comparison": path.stem, **recommended(found)})
     result.tables = {"step time": rows, "recommended": choices, "not predicted": unpredicted}
     result.targets = targets(rows, choices)
-    result.notes = repeated(rows) + [
+    result.notes = [
         f"{comparison}, {scheme}: {why}"
         for (comparison, scheme), why in MISSES.items()
         if any(not row["inside"] for row in rows if row["comparison"] == comparison)
@@ -266,18 +271,6 @@ def targets(rows: list[dict[str, Any]], choices: list[dict[str, Any]]) -> list[T
             near == len(choices),
         ),
     ]
-
-
-def repeated(rows: list[dict[str, Any]]) -> list[str]:
-    """How far measurements of plain DDP under the same settings lie apart: no prediction can be nearer to both."""
-    a, b = (
-        next(r["measured s"] for r in rows if (r["comparison"], r["scheme"]) == (name, PLAIN))
-        for name in TWICE
-    )
-    told = (
-        f"{a:.3g} s in {TWICE[0]}, {b:.3g} s in {TWICE[1]}, a ratio of {max(a, b) / min(a, b):.2f}"
-    )
-    return [f"plain DDP under the same settings: {told}; the machine had other work to do"]
 
 
 if __name__ == "__main__":

@@ -49,11 +49,11 @@ def measured(file, name):
     return next(c["figures"] for c in found["configurations"] if c["name"] == name)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fp16", "int4", "int8", "powersgd", "sign", "topk"])
+@pytest.mark.parametrize("name", ["ddp", "fp16", "int8", "powersgd", "sign", "topk", "dgc"])
 def test_predicted_bytes_are_those_that_the_lab_counted(name):
     """On a model 20 times as large as any that the law was learnt on."""
     found = predict(law_of(name), FREE, Workload(lab_shapes(), 1.0), of_nodes(4))
-    counted = measured("every_scheme_4_nodes_1gbit", name)["wire_bytes"]["median"]
+    counted = measured("grid_4_nodes_1gbit", name)["wire_bytes"]["median"]
     assert found.wire_bytes == pytest.approx(counted, rel=0.01)
 
 
