@@ -50,7 +50,7 @@ REDUCERS = {"diloco_int8": "int8", "streaming": "int4"}
 SYNC_EVERY = 64
 PROBED_BATCH = 4
 FEWEST = 6  # steps of which a median means something
-FEWEST_SLOW = 3  # where all are alike, as plain DDP's are that wait for the link
+FEWEST_SLOW = 2  # where all are alike, as plain DDP's are that wait for the link
 GRID = "grid"
 SKIPPED = {
     "torch_powersgd": "torch's own hook",
@@ -107,7 +107,7 @@ class Cell:
         """Why there is no prediction; empty if there is one."""
         if self.setting["steps"] < FEWEST:
             return f"{self.setting['steps']} steps, for the bytes"
-        if self.measured["steps"] < FEWEST_SLOW:
+        if self.measured.get("steps", FEWEST) < FEWEST_SLOW:
             return f"{self.measured['steps']:.0f} steps in its seconds"
         if self.name.startswith("hsdp"):
             return "sharded inside nodes"

@@ -23,6 +23,8 @@ from .metrics import profiler_range
 from .patience import patiently
 from .types import ByteCounter, ReduceOp
 
+_SWAP_TAG = 1 << 20  # of no exchange
+_LARGE = 1 << 16  # bytes; less goes into the connection's buffer at once
 _PEER = {dist.isend: "group_dst", dist.irecv: "group_src"}
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -114,9 +116,14 @@ class DistComm:
         if self._world_size == 1:
             return x.unsqueeze(0)
         out = x.new_empty(self._world_size * x.numel())
+        rows = out.view(self._world_size, -1)
         with self._counted("all_gather", nbytes(x), (self._world_size - 1) * nbytes(x)):
-            _all_gather_single(out, x, group=self.group)
-        return out.view(self._world_size, -1)
+            # In a ring of more, nobody sends to whom it receives from; and it crosses a node's link once.
+            if self._world_size == 2 and nbytes(x) >= _LARGE and self._both_ways(x):
+                self._swap([x, x], list(rows))
+            else:
+                _all_gather_single(out, x, group=self.group)
+        return rows
 
     @_collective
     def all_gather_into(self, out: Tensor, x: Tensor, async_op: bool = False) -> dist.Work | None:
@@ -154,9 +161,39 @@ class DistComm:
             return [x]
         out = x.new_empty(sum(recv_sizes))
         wire = (x.numel() - send_sizes[self._rank]) * x.element_size()
+        received = list(out.split_with_sizes(list(recv_sizes)))
         with self._counted("all_to_all", nbytes(x), wire):
-            dist.all_to_all_single(out, x, list(recv_sizes), list(send_sizes), group=self.group)
-        return list(out.split_with_sizes(list(recv_sizes)))
+            if self._both_ways(x):
+                self._swap(x.split_with_sizes(list(send_sizes)), received)
+            else:
+                dist.all_to_all_single(out, x, list(recv_sizes), list(send_sizes), group=self.group)
+        return received
+
+    def _both_ways(self, x: Tensor) -> bool:
+        """Whether :meth:`_swap` moves it sooner than a collective."""
+        return x.device.type == "cpu" and dist.get_backend(self.group) == "gloo"
+
+    def _swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> None:
+        """``sends[i]`` goes to rank i, and what rank i sends here into ``receives[i]``; all contiguous.
+
+        Both ways at once. gloo's own collectives send before they tell what they are ready to receive, and where a peer
+        came first, these words wait behind all that is sent: its data come after ours, in twice the time.
+        """
+        receives[self._rank].copy_(sends[self._rank])
+        peers = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
+        pending = [
+            dist.irecv(receives[peer], group=self.group, group_src=peer, tag=_SWAP_TAG)
+            for peer in reversed(peers)
+            if receives[peer].numel()
+        ]
+        pending += [
+            dist.isend(sends[peer], group=self.group, group_dst=peer, tag=_SWAP_TAG)
+            for peer in peers
+            if sends[peer].numel()
+        ]
+        for work in pending:
+            assert work is not None
+            work.wait()
 
     @_collective
     def broadcast(self, x: Tensor, src: int) -> Tensor:
