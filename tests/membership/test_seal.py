@@ -82,6 +82,8 @@ def test_a_record_means_nothing_elsewhere_in_the_log_or_in_another_job() -> None
     log, first, second = _pair()
     third = _member("c", SECRET)
     log.members = (first, second, third)
+    assert first.prepare(1, 1)
+    assert first.commit(1, 1)  # who joins waits for a step
     log.turn()
     assert third.working
     third.leave("gone")
