@@ -31,8 +31,8 @@ from launch.expectation import Expectation
 from launch.interface import InterfaceMeter
 from launch.progress import Progress, RandomState
 from launch.rundir import RunDirectory
-from launch.schedule import learning_rate
-from launch.settings import TrainSettings
+from launch.schedule import set_learning_rate
+from launch.settings import Precision, TrainSettings
 from launch.tasks import Task
 from launch.world import LauncherWatch
 
@@ -121,10 +121,7 @@ class Trainer:
         if self.meter:
             self.meter.start()
         start = time.perf_counter()
-        settings = self.settings.optim
-        lr = learning_rate(self.progress.step + 1, settings.lr, self.settings.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(self.optimizer, self.progress.step + 1, self.settings)
         own = list(islice(batches, self.micro_batches))
         self.progress.tokens += sum(map(self.task.tokens, own)) * self.comm.world_size
         losses: list[Tensor] = []
@@ -233,7 +230,7 @@ class Trainer:
         return self.handle if isinstance(self.handle, OuterSync) else None
 
     def autocast(self) -> torch.autocast:
-        return autocast(self.device, self.settings)
+        return autocast(self.device, self.settings.precision)
 
     def evaluate_when_due(self, every: int) -> dict[str, float] | None:
         """Validation metrics if it is this step's turn, written to the records; else None."""
@@ -254,10 +251,10 @@ class Trainer:
         mine = self.task.validation(self.rank, self.comm.world_size)
         if self.forward_is_collective:
             mine = self.as_many_for_all(mine)
-        sums = measured(self.module, self.task, mine, self.device, self.settings)
-        *totals, count = self.sum_over_ranks(sums).tolist()
+        sums = measured(self.module, self.task, mine, self.device, self.settings.precision)
+        validation = means_of(self.task, self.sum_over_ranks(sums))
         self.progress.tick()
-        return {name: total / count for name, total in zip(self.task.metrics, totals, strict=True)}
+        return validation
 
     @property
     def forward_is_collective(self) -> bool:
@@ -328,9 +325,9 @@ class Trainer:
         }
 
 
-def autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
-    """bf16 if the settings say so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """bf16 if ``precision`` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.no_grad()
@@ -339,16 +336,22 @@ def measured(
     task: Task,
     batches: Iterator[Tensor],
     device: torch.device,
-    settings: TrainSettings,
+    precision: Precision,
 ) -> Tensor:
     """Over validation batches: the sum of each of the task's metrics, then the number of samples; float64."""
     model.eval()
     sums = torch.zeros(len(task.metrics) + 1, dtype=torch.float64, device=device)
     for batch in batches:
-        with autocast(device, settings):
+        with autocast(device, precision):
             means = task.measure(model, batch.to(device))
         if batch.shape[0]:  # the mean of none is no number
             sums[:-1] += means * batch.shape[0]
         sums[-1] += batch.shape[0]
     model.train()
     return sums
+
+
+def means_of(task: Task, sums: Tensor) -> dict[str, float]:
+    """The task's metrics from what :func:`measured` gave for all samples."""
+    *totals, count = sums.tolist()
+    return {name: total / count for name, total in zip(task.metrics, totals, strict=True)}

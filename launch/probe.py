@@ -97,7 +97,7 @@ def subject_of(settings: TrainSettings, task: Task, world: World, device: torch.
     count = settings.batch.accumulate
 
     def loss(wrapped: torch.nn.Module) -> torch.Tensor:
-        with autocast(device, settings):
+        with autocast(device, settings.precision):
             return task.loss(wrapped, next(batches).to(device)) / count
 
     def step() -> None:

@@ -14,7 +14,6 @@ All ranks must see the same directory; rank 0 alone writes, except into checkpoi
 import fcntl
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -22,10 +21,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 import yaml
 
-import commkit
 from commkit.metrics import RunSummary, finite, summary
 from commkit.runtime import checkpoint_files
 
@@ -131,15 +128,6 @@ class RunDirectory:
         whole = {**facts, **aggregate(records)}
         write_atomically(self.summary, json.dumps(finite(whole), indent=2) + "\n")
         return summary(records)
-
-
-def software() -> dict[str, str]:
-    """Versions, for ``summary.json``."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commkit": commkit.__version__,
-    }
 
 
 def aggregate(records: list[dict[str, Any]]) -> dict[str, Any]:

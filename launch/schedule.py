@@ -2,7 +2,9 @@
 
 import math
 
-from launch.settings import ScheduleSettings
+from torch.optim import Optimizer
+
+from launch.settings import ScheduleSettings, TrainSettings
 
 
 def learning_rate(step: int, peak: float, settings: ScheduleSettings) -> float:
@@ -17,3 +19,11 @@ def learning_rate(step: int, peak: float, settings: ScheduleSettings) -> float:
     progress = min(1.0, (step - settings.warmup) / (settings.length - settings.warmup))
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return settings.min_lr + (peak - settings.min_lr) * cosine
+
+
+def set_learning_rate(optimizer: Optimizer, step: int, settings: TrainSettings) -> float:
+    """Give ``optimizer`` that of step ``step``, counted from 1; returns it."""
+    rate = learning_rate(step, settings.optim.lr, settings.schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate

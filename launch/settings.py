@@ -20,6 +20,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
 
 
 class Section(BaseModel):
@@ -169,7 +170,7 @@ class TrainSettings(Section):
     schedule: Annotated[ScheduleSettings, Field(validate_default=True)] = ScheduleSettings()
     batch: BatchSettings = BatchSettings()
     device: Device = "auto"  # cuda if there is a GPU for every rank of the machine, else cpu
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 is autocast; weights stay float32
+    precision: Precision = "fp32"  # bf16 is autocast; weights stay float32
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
     debug: DebugSettings = DebugSettings()

@@ -29,11 +29,12 @@ from commkit.outer import OuterScheme, OuterSync
 from commkit.schemes import make_scheme
 from launch import asynchronous, auto, baselines, coordinated, elastic, sharding
 from launch.expectation import Expectation
+from launch.facts import facts_of
 from launch.gpt import count_parameters
 from launch.interface import InterfaceMeter, meter_from_environment
 from launch.loop import Trainer
 from launch.optimizer import make_optimizer
-from launch.rundir import RunDirectory, software
+from launch.rundir import RunDirectory
 from launch.settings import RESUMABLE_CHANGES, TrainSettings
 from launch.sinks import open_sinks, require_packages
 from launch.tasks import Task, make_task
@@ -336,22 +337,19 @@ def train(trainer: Trainer) -> None:
     dist.destroy_process_group()
 
 
-def facts(trainer: Trainer, validation: Mapping[str, float]) -> Mapping[str, Any]:
+def facts(trainer: Trainer, validation: Mapping[str, float]) -> dict[str, Any]:
     """What ``summary.json`` says besides the totals of the per-step records."""
-    return {
-        "scheme": trainer.settings.scheme["name"],
-        "world_size": trainer.comm.world_size,
-        "steps": trainer.progress.step,
-        "parameters": count_parameters(trainer.model),
-        "buffer_bytes": sum(b.numel() * b.element_size() for b in trainer.model.buffers()),
-        "device": trainer.device.type,
-        "task": trainer.settings.task,
-        "data": trainer.task.describe(),
-        **validation,
-        "wall_seconds": trainer.progress.seconds,
-        **({"auto": trainer.expectation.facts()} if trainer.expectation else {}),
-        "versions": software(),
-    }
+    common = facts_of(
+        trainer.settings,
+        trainer.task,
+        trainer.model,
+        trainer.device,
+        world_size=trainer.comm.world_size,
+        steps=trainer.progress.step,
+        seconds=trainer.progress.seconds,
+        validation=validation,
+    )
+    return common | ({"auto": trainer.expectation.facts()} if trainer.expectation else {})
 
 
 def refuse(error: SetupError) -> NoReturn:

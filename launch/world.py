@@ -61,6 +61,12 @@ class World:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
+def leave() -> None:
+    """Let torch end this process without complaint; ranks of mpirun may have no process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class LauncherWatch:
     """Ends a rank whose launcher was killed.
 

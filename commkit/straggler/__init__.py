@@ -13,6 +13,7 @@ from .codes import (
     FractionalRepetition,
     GradientCode,
 )
+from .computation import Share
 from .coordinator import Coordinator
 from .families import CodeFamily, is_usable, make_code
 from .methods import (
@@ -33,7 +34,7 @@ from .schedule import Chunk, MiniTask, NotDecodable, Schedule
 from .scheme import StragglerScheme, TransportName
 from .selection import Candidate, DelayProfile, Replayed, candidates, fit_slope, replay, select
 from .sequential import SRSGC, GradientCoding
-from .worker import Share, Worker
+from .worker import Worker
 
 __all__ = [
     "Arbitrary",

@@ -10,12 +10,12 @@ import torch
 
 from ..runtime.alarm import RankFailure
 from ..transport import Message, PeerLost, Pending
+from .arrivals import Arrivals
 from .coordinator import Outcome
-from .leader import keep_results
-from .protocol import Kind, ProtocolError, Report, message
+from .protocol import Kind, ProtocolError, message
+from .receiver import Receiver
 from .record import StepRecord
 from .rounds import Due
-from .schedule import MiniTask
 
 if TYPE_CHECKING:
     from .coordinator import Coordinator, OnStep
@@ -36,29 +36,23 @@ class Follower:
         self._timeout_s = coordinator.options.timeout_s
         self._on_step = on_step
         self._ranks = coordinator.party.workers
-        self._pending: dict[int, Pending] = {}
+        self._receiver = Receiver(self._transport, (self._party.first, *self._ranks))
         self._last: list[Pending] = []  # final weights on their way
-        self._parts: dict[int, Message] = {}  # of this round's results, by worker
-        self._plan: tuple[tuple[MiniTask, ...], ...] = ()
+        self._arrivals = Arrivals()  # of this round
         self._due: Due | None = None
         self._outcome: Outcome | None = None
         self._late: tuple[int, ...] = ()
         self._began = self._ended = time.monotonic()
 
     def run(self) -> None:
-        for rank in (self._party.first, *self._ranks):
-            self._pending[rank] = self._transport.irecv(rank)
         while True:
-            ranks = list(self._pending)
-            ready = self._transport.wait_some(
-                [self._pending[rank] for rank in ranks], self._timeout_s
-            )
+            ready = self._receiver.wait(self._receiver.ranks, self._timeout_s)
             if not ready:
                 raise TimeoutError(
                     f"rank {self._party.first} and the workers sent nothing for "
                     f"timeout_s={self._timeout_s:g} s"
                 )
-            for rank in [ranks[place] for place in ready]:
+            for rank in ready:
                 if self._hear(rank):
                     self._transport.wait_all(self._last, self._timeout_s)
                     return
@@ -66,20 +60,18 @@ class Follower:
     def _hear(self, rank: int) -> bool:
         """Whether this was the end."""
         try:
-            news = self._pending[rank].result()
+            news = self._receiver.take(rank)
         except PeerLost as error:
-            del self._pending[rank]
             if rank == self._party.first:
                 raise RankFailure(str(error)) from error
             self._say(message(Kind.GONE, self._rounds.number, rank))
             return False
-        self._pending[rank] = self._transport.irecv(rank)
         if rank == self._party.first:
             return self._obey(news)
         if news.kind != Kind.RESULT or news.sequence > self._rounds.number:
             raise ProtocolError(rank, news, self._rounds.number)
         if news.sequence == self._rounds.number:
-            self._parts[self._ranks.index(rank)] = news
+            self._arrivals.add(self._ranks.index(rank), news)
             self._say(message(Kind.GOT, news.sequence, rank))
         return False
 
@@ -108,7 +100,7 @@ class Follower:
                 f"rank {self._party.first} is in round {news.sequence} and this one in round {number}; resume all "
                 "coordinators from checkpoints of the same step"
             )
-        self._plan, self._parts = self._rounds.plan(), {}
+        self._arrivals = Arrivals(self._rounds.plan())
         self._began = time.monotonic()
         changes = coordinator.begin(None if job < 0 else job)
         for worker in told:
@@ -130,11 +122,9 @@ class Follower:
         coordinator = self._coordinator
         late = set(news.tensors[0].tolist())
         self._late = tuple(self._ranks[worker] for worker in sorted(late))
-        for worker in sorted(self._parts):
+        for worker in self._arrivals.workers:
             if worker not in late:
-                part = self._parts[worker]
-                report = Report.unpack(part.tensors[0])
-                keep_results(coordinator, self._plan[worker], part, report, 1)
+                self._arrivals.keep(worker, coordinator.results)
         self._due = self._rounds.close(late)
         if self._due is not None:
             self._outcome = coordinator.combine(self._due)

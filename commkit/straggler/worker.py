@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,49 +12,17 @@ from typing_extensions import Self
 
 from ..aggregators.health import are_finite
 from ..runtime.agreement import mark_attached, refuse_attached, unmark_attached, wrapped_in_ddp
-from ..runtime.alarm import RankFailure
 from ..runtime.session import Session
-from ..transport import (
-    Message,
-    Network,
-    PeerLost,
-    Pending,
-    TorchNetwork,
-    Transport,
-    TransportClosed,
-)
+from ..transport import Message, Network, PeerLost, TorchNetwork, Transport
 from ..types import ByteCounter
+from .computation import Computation, LossOf
+from .inbox import Inbox
 from .methods import Method
 from .options import CoordinationOptions
-from .partitions import BatchLayout, partition_seed
+from .partitions import BatchLayout
 from .protocol import PLAN_TENSORS, Kind, Party, Plan, ProtocolError, Report, message
 from .residuals import Residuals
 from .ring import Ring
-from .schedule import MiniTask
-
-
-@dataclass(frozen=True)
-class Share:
-    """A piece of data to compute a gradient on.
-
-    Args:
-        job: which step's data, over all models.
-        model: that it is for; 0 unless several are trained in turn.
-        step: of this model.
-        samples: numbers of the run's samples, the same on every worker that computes this piece.
-        seed: for dropout and augmentation of this piece, the same on every worker that computes it.
-        superseded: whether the round is over meanwhile, so that the rest is in vain; ask it where a piece takes long.
-    """
-
-    job: int
-    model: int
-    step: int
-    samples: range
-    seed: int
-    superseded: Callable[[], bool]
-
-
-LossOf: TypeAlias = Callable[[Share], "Tensor | None"]
 
 
 class Worker(Session):
@@ -106,9 +72,10 @@ class Worker(Session):
             )
         rounds = method.build(len(party.workers))
         self.layout = BatchLayout(batch, rounds.num_units)
-        self._models = rounds.delay + 1 if self.options.interleave == "models" else 1
+        num_models = rounds.delay + 1 if self.options.interleave == "models" else 1
         weights = [party.parameters] * (rounds.delay + 1)
-        self.ring = Ring(party.weights, rounds.delay, self._models == 1, weights)
+        self.ring = Ring(party.weights, rounds.delay, num_models == 1, weights)
+        self._computation = Computation(party, self.ring, self.layout, num_models)
         keep = rounds.keeps_dropped and self.options.keep_dropped
         if self.options.keep_dropped is None:
             keep = rounds.keeps_dropped and self.options.compressor is not None
@@ -116,14 +83,11 @@ class Worker(Session):
         self.round = -1
         self.in_time = self.dropped = self.abandoned = self.skipped = 0
         self.seconds = 0.0  # of the last round's computing
-        self._loaded: int | None = None  # the job whose weights are in the module
         self._sent = -1  # the round whose fate is not known
         self._saved = 0  # tag of the last state
         self._running = False
         self._transport: Transport | None = None
-        self._pending: dict[int, Pending] = {}
-        self._inbox: dict[int, deque[Message]] = {}
-        self._failures: dict[int, Exception] = {}
+        self._inbox: Inbox | None = None
 
     def __enter__(self) -> Self:
         return self if self._transport is not None else self.start()
@@ -159,9 +123,7 @@ class Worker(Session):
         self._transport = self.party.join(
             error, self.options.coordinators, self.method.spec() | {"batch": self.layout.batch}
         )
-        for rank in self.options.coordinators:
-            self._pending[rank] = self._transport.irecv(rank)
-            self._inbox[rank] = deque()
+        self._inbox = Inbox(self._transport, self.options.coordinators, self.options.timeout_s)
         mark_attached(self.model)
         self._running = True
         return self
@@ -208,9 +170,13 @@ class Worker(Session):
         self, plan: Plan, loss_of: LossOf, began: float
     ) -> tuple[list[dict[str, Tensor]] | None, Report]:
         """The vectors of a plan; None if it was given up."""
+
+        def superseded() -> bool:
+            return self.options.interrupt and self._superseded(plan.round)
+
         vectors, losses = [], []
         for task in plan.tasks:
-            vector, loss = self._vector(plan.round, task, loss_of)
+            vector, loss = self._computation.vector(task, loss_of, superseded)
             if vector is None:
                 return None, Report(0.0, True, ())
             vectors.append(vector)
@@ -220,56 +186,6 @@ class Worker(Session):
         self.seconds = time.perf_counter() - began
         finite = are_finite(x for vector in vectors for x in vector.values())
         return vectors, Report(self.seconds, finite, tuple(losses))
-
-    def _vector(
-        self, number: int, task: MiniTask, loss_of: LossOf
-    ) -> tuple[dict[str, Tensor] | None, float]:
-        """A mini-task's vector in at least float32, on the model's device, and its loss, coded likewise."""
-        self._load(task.job)
-        total: dict[str, Tensor] = {}
-        coded_loss = 0.0
-        for chunk in task.chunks:
-            if self.options.interrupt and self._superseded(number):
-                return None, 0.0
-            drawn = self.layout.samples(task.job // self._models, chunk)
-            step = task.job // self._models
-            share = Share(
-                task.job,
-                task.job % self._models,
-                step,
-                drawn,
-                partition_seed(self.options.seed, step, chunk.start),
-                lambda: self.options.interrupt and self._superseded(number),
-            )
-            for p in self.party.parameters.values():
-                p.grad = None
-            loss = loss_of(share)
-            if loss is None:
-                return None, 0.0
-            loss.backward()  # type: ignore[no-untyped-call]
-            weight = chunk.coefficient * len(drawn) / self.layout.batch
-            self._add(total, weight)
-            coded_loss += weight * float(loss.detach())
-        return total, coded_loss
-
-    @torch.no_grad()
-    def _add(self, total: dict[str, Tensor], weight: float) -> None:
-        for name, p in self.party.parameters.items():
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            if name not in total:
-                total[name] = torch.zeros_like(p, dtype=dtype)
-            if p.grad is not None:
-                total[name].add_(p.grad.to(dtype), alpha=weight)
-                p.grad = None
-
-    @torch.no_grad()
-    def _load(self, job: int) -> None:
-        """The weights that ``job`` is computed with, into the module."""
-        if self._loaded == job:
-            return
-        for name, x in self.ring.of_job(job).items():
-            self.party.parameters[name].copy_(x)
-        self._loaded = job
 
     def _save(self, tag: int) -> None:
         if tag > self._saved:
@@ -320,12 +236,16 @@ class Worker(Session):
 
     def _next_plan(self) -> Plan | None:
         """Take all that has come, in order, and what is to be computed then; None at the end."""
+        assert self._inbox is not None
         plan: Plan | None = None
         while True:
-            self._poll(0.0 if plan is not None else None)
-            if not all(self._inbox.values()):
+            if plan is None:
+                self._inbox.wait()
+            else:
+                self._inbox.look()
+            told = self._inbox.pop()
+            if told is None:
                 return plan
-            told = {rank: box.popleft() for rank, box in self._inbox.items()}
             news = self._take(told)
             if news is None:
                 continue
@@ -337,40 +257,12 @@ class Worker(Session):
             self.round = plan.round
             self._save(plan.tag)  # also if this round will be passed over
 
-    def _poll(self, seconds: float | None) -> None:
-        """Take what is there into the inbox; with None, wait until something of each coordinator is."""
-        assert self._transport is not None
-        end = self._transport.now() + self.options.timeout_s
-        while True:
-            for rank, pending in list(self._pending.items()):
-                while pending.done:
-                    try:
-                        self._inbox[rank].append(pending.result())
-                    except (PeerLost, TransportClosed) as error:
-                        self._failures[rank] = error
-                        del self._pending[rank]
-                        break
-                    pending = self._pending[rank] = self._transport.irecv(rank)
-            waiting = [rank for rank, box in self._inbox.items() if not box]
-            lost = [rank for rank in waiting if rank in self._failures]
-            if lost and seconds is None:
-                failure = self._failures[lost[0]]
-                raise RankFailure(str(failure)) from failure
-            if not waiting or seconds is not None:
-                return
-            left = end - self._transport.now()
-            if not self._transport.wait_some([self._pending[rank] for rank in waiting], left):
-                raise TimeoutError(
-                    f"coordinator rank {waiting[0]} sent nothing for timeout_s={self.options.timeout_s:g} s; look at "
-                    "it, or raise the limit"
-                )
-
     def _superseded(self, number: int) -> bool:
         """Whether a newer round than ``number`` has begun, or training has ended."""
-        self._poll(0.0)
-        return any(m.sequence > number for m in self._inbox[self.party.first]) or bool(
-            self._failures
-        )
+        assert self._inbox is not None
+        self._inbox.look()
+        newer = any(news.sequence > number for news in self._inbox[self.party.first])
+        return newer or self._inbox.has_failed
 
     @torch.no_grad()
     def _take(self, told: Mapping[int, Message]) -> Message | None:
@@ -389,7 +281,7 @@ class Worker(Session):
                 if rank == self.party.first:
                     tensors = self._take_buffers(tensors)
                 self.ring.load_whole(tensors, names)
-            self._loaded = None
+            self._computation.weights_changed()
             return None
         self._hear_fate(news.version)
         if news.kind == Kind.STOP:
@@ -401,7 +293,7 @@ class Worker(Session):
                 if job >= 0:
                     names = self.party.parts[rank]
                     self.ring.begin(job, changes or None, names, news.sequence)
-                    self._loaded = None
+                    self._computation.weights_changed()
         return news
 
     def _hear_fate(self, accepted: int) -> None:

@@ -260,8 +260,7 @@ def test_what_is_dropped_stays_with_its_worker(
                 assert begun[worker.round].wait(PATIENCE_S)
             else:
                 begun[worker.round].set()
-                while not any(m.sequence > worker.round for m in worker._inbox[0]):
-                    worker._poll(0.0)
+                while not worker._superseded(worker.round):
                     breathe()
             return loss_on(worker.model, share.samples)
 

@@ -19,7 +19,7 @@ from .worker import AsyncWorker
 @dataclass(frozen=True)
 class AsyncScheme:
     """Ranks with different roles, so there are two things to build: :meth:`server` on the ranks in
-    ``options.servers``, :meth:`worker` on the others. ``launch/asynchronous.py`` is a loop around both.
+    ``options.servers``, :meth:`worker` on the others. ``launch/asynchronous`` has loops around both.
 
     Args:
         options: what both ends agree on.
