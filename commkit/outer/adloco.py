@@ -14,8 +14,8 @@ from ..reducer import Reducer
 from ..registry import spec
 from ..types import Comm
 from .anchors import OuterOptimizer
-from .base import Ranks
 from .diloco import DiLoCo
+from .joining import Ranks
 from .norm_test import BatchPlan, BatchTest, NormTest, plan_batch
 from .options import SyncOptions
 from .trainers import Merged, Pairing, pick_pair, staged_merge

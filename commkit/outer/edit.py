@@ -18,8 +18,9 @@ from ..registry import spec
 from ..runtime.alarm import RankFailure
 from ..types import Comm
 from .anchors import OuterOptimizer
-from .base import OuterSync, Ranks
+from .base import OuterSync
 from .diloco import nesterov
+from .joining import Ranks
 from .layers import layers_of
 from .options import SyncOptions
 from .penalty import PAPER, Detectors, Penalty, shares
