@@ -246,7 +246,7 @@ class Rounds:
         return self._queued(timed, uses)
 
     def on_worker(self, job: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
-        """Have ``job`` run in its turn and wait for it, between rounds; it counts as no reduction.
+        """Queue ``job`` as :meth:`in_background` does, and wait for it. Its time is not counted as a reduction's.
 
         Raises:
             RoundAborted: it failed, here or on another rank.
