@@ -268,6 +268,9 @@ class AdLoCo(DiLoCo):
 
     # The batch.
 
+    def _ask_for(self, requested: int) -> None:
+        self._tell(self._batch.ask_for(requested))
+
     def _tell(self, changed: bool) -> None:
         if changed and self.on_plan is not None:
             self.on_plan(self.plan)
@@ -310,7 +313,7 @@ class AdLoCo(DiLoCo):
                     assert self.anchors.optimizer is not None
                     self.anchors.optimizer.load_state_dict(merged.outer_state)
             self._take(merged)
-            self._tell(self._batch.ask_for(merge.survivor_batch))
+            self._ask_for(merge.survivor_batch)
             # Residuals and warm starts belong to models that are no more.
             self.reducer.forget(tuple(self.replica.parameters))
             self.reducer.step = step
@@ -365,7 +368,7 @@ class AdLoCo(DiLoCo):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._tell(self._batch.ask_for(state["requested"]))
+        self._ask_for(state["requested"])
         self.merges = [Merge(*fields) for fields in state["merges"]]
         if self.members is not None:  # one trainer, of all who are there
             return

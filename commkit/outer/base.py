@@ -194,7 +194,8 @@ class OuterSync(ResumableRounds):
             hook.remove()
         unmark_attached(self.model)
         try:
-            if finish and self._worker.failure is None:
+            # A loss that came after the last step is survived in there.
+            if finish and (self._worker.failure is None or self.members is not None):
                 self.finish()
         finally:
             self._worker.close()

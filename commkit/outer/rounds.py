@@ -218,7 +218,7 @@ class Rounds:
             for state, mean in zip(live, transfer.extras, strict=True):
                 state.copy_(mean)
 
-    # On the worker's thread, which alone uses its group.
+    # The worker's thread, which alone uses its group; and waiting for it.
 
     def carry_out(self, transfer: Transfer, comm: Comm) -> None:
         """The communication of one round, on the worker's thread."""
