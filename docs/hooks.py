@@ -269,10 +269,31 @@ def api_page(package: str) -> str:
     """Everything that the package exports, wherever it is written."""
     module = importlib.import_module(package)
     summary = _prose((inspect.getdoc(module) or "").split("\n\n")[0])
-    blocks = [f"::: {path}" for path in _exports(package) if _home(path) == package]
+    blocks = [_block(path) for path in _exports(package) if _home(path) == package]
     elsewhere = [path for path in _exports(package) if _home(path) != package]
     listed = [f"- [`{path}`][{path}]" for path in elsewhere]
     return "\n\n".join([f"# {package}", summary, *blocks, "\n".join(listed)]) + "\n"
+
+
+def _block(path: str) -> str:
+    """One class or function; with what it inherits from classes that have no entry of their own."""
+    inherited = _inherited(_resolve(path))
+    if not inherited:
+        return f"::: {path}"
+    return f"::: {path}\n    options:\n      inherited_members: [{', '.join(inherited)}]"
+
+
+def _inherited(documented: Any) -> list[str]:
+    """Public members that ``documented`` has of commkit's classes, and that no other entry shows."""
+    bases = documented.__mro__[1:] if inspect.isclass(documented) else ()
+    shown = {each for base in bases if _path_of(base) in _documented() for each in base.__mro__}
+    silent = [b for b in bases if b not in shown and b.__module__.startswith("commkit")]
+    names = dict.fromkeys(name for base in silent for name in vars(base))
+    return [n for n in names if not n.startswith("_") and n not in vars(documented)]
+
+
+def _path_of(x: Any) -> str:
+    return f"{x.__module__}.{x.__qualname__}"
 
 
 @cache
@@ -295,7 +316,7 @@ def _exports(package: str) -> tuple[str, ...]:
     names = getattr(module, "__all__", None) or [n for n in own if not n.startswith("_")]
     objects = (getattr(module, name) for name in names)
     found = (
-        f"{x.__module__}.{x.__qualname__}"
+        _path_of(x)
         for x in objects
         if (inspect.isclass(x) or inspect.isfunction(x)) and x.__module__.startswith("commkit")
     )

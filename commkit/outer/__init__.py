@@ -12,7 +12,7 @@ from .adaptive_rank import AdaptiveRank
 from .adloco import AdLoCo
 from .async_local_sgd import AsyncOptions, AsyncScheme, AsyncServer, AsyncStats, AsyncWorker
 from .averaging import LatestWeightAverage, OuterEMA
-from .base import OuterSync, RoundAborted
+from .base import OuterSync
 from .buffers import recompute_batch_norm
 from .co2 import CO2
 from .dadao import Dadao
@@ -30,6 +30,7 @@ from .norm_test import BatchPlan, InnerProductTest, NormTest, largest_micro_batc
 from .options import SyncOptions
 from .penalty import Penalty
 from .push_sum import PushSum
+from .rounds import RoundAborted
 from .scheme import OuterScheme
 from .streaming import StreamingDiLoCo
 

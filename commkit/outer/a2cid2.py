@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from ..registry import spec
 from ..types import Comm
 from .acid import AD_PSGD, AcidCoefficients, AcidState
-from .base import Ranks
 from .decentralised import NOBODY, Decentralised, refusal_of
 from .flat import WireDtype, flat, for_wire, parts
+from .joining import Ranks
 from .matching import draw_pairs, meeting_rates
 from .options import SyncOptions
 from .peers import tag_of

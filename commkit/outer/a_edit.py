@@ -15,8 +15,8 @@ from ..reducer import Reducer
 from ..runtime.agreement import wrapped_in_ddp
 from ..types import Comm
 from .anchors import OuterOptimizer
-from .base import Ranks
 from .edit import EDiT
+from .joining import Ranks
 from .options import SyncOptions
 from .penalty import PAPER, Penalty
 from .sign_agreement import Majority

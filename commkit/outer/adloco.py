@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,33 +14,17 @@ from ..reducer import Reducer
 from ..registry import spec
 from ..types import Comm
 from .anchors import OuterOptimizer
-from .base import Ranks
 from .diloco import DiLoCo
-from .norm_test import BatchPlan, BatchTest, NormTest, plan_batch
+from .growing_batch import GrowingBatch
+from .joining import Ranks
+from .norm_test import BatchPlan, BatchTest, NormTest
 from .options import SyncOptions
-from .trainers import Merged, Pairing, pick_pair, staged_merge
+from .trainers import Merge, Merged, Pairing, pick_pair, staged_merge
 from .transfer import Transfer
 from .units import Unit
 
 LrRule: TypeAlias = Literal["none", "sqrt", "linear"]
 _EXPONENTS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """One merger, for the record.
-
-    Args:
-        round: rounds that were behind.
-        survivor: the trainer that goes on; its weights counted ``survivor_batch``.
-        freed: the trainer whose workers joined it; its weights counted ``freed_batch``.
-    """
-
-    round: int
-    survivor: int
-    freed: int
-    survivor_batch: int
-    freed_batch: int
 
 
 class AdLoCo(DiLoCo):
@@ -168,10 +152,9 @@ class AdLoCo(DiLoCo):
         self.test = NormTest() if test is None else test
         self.lr_rule, self.on_plan = lr_rule, on_plan
         self.num_trainers, self.merge_every, self.merge = trainers, merge_every, merge
-        self.requested = initial_batch
         self.trainer = 0
         self.merges: list[Merge] = []
-        self._plan = self._first_plan = self._plan_for(initial_batch)
+        self._batch = GrowingBatch(initial_batch, max_micro_batch, switch_at, max_batch)
         self._trainers: dict[int, list[int]] = {}
         self._gradients: list[Tensor] | None = None
         self._request: int | None = None
@@ -179,15 +162,18 @@ class AdLoCo(DiLoCo):
         self._own_lrs: list[Any] = []
 
     @property
+    def requested(self) -> int:
+        return self._batch.requested
+
+    @property
     def plan(self) -> BatchPlan:
         """How the loop makes its next steps; changes in the last step of a round only."""
-        return self._plan
+        return self._batch.plan
 
     @property
     def lr_factor(self) -> float:
         """By which ``lr_rule`` multiplies the inner learning rate now."""
-        growth = self._plan.samples / self._first_plan.samples
-        return float(growth ** _EXPONENTS[self.lr_rule])
+        return float(self._batch.growth ** _EXPONENTS[self.lr_rule])
 
     @property
     def trainers(self) -> dict[int, list[int]]:
@@ -197,7 +183,7 @@ class AdLoCo(DiLoCo):
     @property
     def samples_per_step(self) -> int:
         """Of this rank's trainer: micro-batch x accumulation x workers."""
-        return self._plan.samples * len(self._trainers[self.trainer])
+        return self.plan.samples * len(self._trainers[self.trainer])
 
     @property
     def common_anchors(self) -> bool:
@@ -248,7 +234,7 @@ class AdLoCo(DiLoCo):
                     "call zero_grad() after optimizer.step() has returned, or before backward"
                 )
             if self._all_have_gradients(comm):
-                self._request = self.test.request(self._gradients, self._plan.samples, comm)
+                self._request = self.test.request(self._gradients, self.plan.samples, comm)
         super().carry_out(transfer, comm)
 
     def _all_have_gradients(self, comm: Comm) -> bool:
@@ -262,7 +248,7 @@ class AdLoCo(DiLoCo):
         super().perform_sync()
         self._gradients = None
         if self._request is not None:
-            self._grow(self._request)
+            self._tell(self._batch.grow(self._request))
 
     def synchronise(self) -> None:
         before = self.round
@@ -282,21 +268,12 @@ class AdLoCo(DiLoCo):
 
     # The batch.
 
-    def _plan_for(self, requested: int) -> BatchPlan:
-        return plan_batch(requested, self.max_micro_batch, self.switch_at, self.max_batch)
-
-    def _grow(self, request: int) -> None:
-        if self.max_batch is not None:
-            request = min(request, self.max_batch)
-        self._ask_for(max(self.requested, request))
-
     def _ask_for(self, requested: int) -> None:
-        self.requested = requested
-        plan = self._plan_for(requested)
-        if plan != self._plan:
-            self._plan = plan
-            if self.on_plan is not None:
-                self.on_plan(plan)
+        self._tell(self._batch.ask_for(requested))
+
+    def _tell(self, changed: bool) -> None:
+        if changed and self.on_plan is not None:
+            self.on_plan(self.plan)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         super()._before_step(optimizer, args, kwargs)
@@ -326,7 +303,7 @@ class AdLoCo(DiLoCo):
             RoundAborted: it failed, here or on another rank; nothing has changed.
         """
         outcome: list[tuple[Merge, Merged | None, Comm, int]] = []
-        self._on_worker(lambda: outcome.append(self._meet()))
+        self.on_worker(lambda: outcome.append(self._meet()))
         merge, merged, comm, step = outcome[0]
         self.merges.append(merge)
         if merged is not None:
@@ -342,7 +319,7 @@ class AdLoCo(DiLoCo):
             self.reducer.step = step
         self._round_comm = comm
         like = {name: self.snapshot_like(name) for name in self.replica.parameters}
-        self._on_worker(lambda: self.reducer.prepare(like, comm))
+        self.on_worker(lambda: self.reducer.prepare(like, comm))
 
     def _meet(self) -> tuple[Merge, Merged | None, Comm, int]:
         """The communication of a merger, on the worker's thread; changes nothing but the groups."""
@@ -376,17 +353,6 @@ class AdLoCo(DiLoCo):
         self.anchors.write_back(merged.anchors)
         for name, value in merged.buffers.items():
             self.replica.buffers[name].copy_(value)
-
-    def _on_worker(self, work: Callable[[], object]) -> None:
-        assert self._worker is not None
-        done = torch.zeros(1, device=self.replica.device)
-
-        def carry_out() -> Tensor:
-            with torch.no_grad():
-                work()
-            return done
-
-        self._finished(self._worker.submit(carry_out, done))
 
     def _regroup(self, private: Comm, members: dict[int, list[int]]) -> Comm:
         self._trainers = members

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from ..reducer import Reducer
 from ..runtime.alarm import RankFailure
-from .base import Ranks
+from .joining import Ranks
 from .late import LateSync
 from .options import SyncOptions
 from .stability import co2_floor, co2_is_stable

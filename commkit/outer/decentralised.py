@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from ..metrics import StepStats
 from ..runtime.alarm import Alarm, NoAlarm
 from ..types import Comm
-from .base import OuterSync, Ranks
+from .base import OuterSync
 from .flat import WireDtype, check_wire_dtype, flat, full, parts
+from .joining import Ranks
 from .options import SyncOptions
 from .peers import Peers
 from .roster import Roster

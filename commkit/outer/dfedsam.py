@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .base import Ranks
 from .flat import WireDtype
 from .gossip import GossipSGD
 from .gossip_schedule import GossipSchedule
+from .joining import Ranks
 from .options import SyncOptions
 from .sam import check_rho, sharpness_aware
 from .topologies import StaticExponential, Topology

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from ..reducer import Reducer
 from .anchors import OuterOptimizer
-from .base import OuterSync, Ranks
+from .base import OuterSync
+from .joining import Ranks
 from .options import SyncOptions
 from .units import Unit
 

@@ -18,8 +18,8 @@ from ..registry import spec
 from ..runtime.alarm import RankFailure
 from .adaptive_rank import AdaptiveRank, RankSchedule
 from .anchors import OuterOptimizer
-from .base import Ranks
 from .diloco import nesterov
+from .joining import Ranks
 from .late import LateSync
 from .options import SyncOptions
 from .stability import largest_stable_kappa

@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from ..aggregators.health import health
@@ -18,12 +17,15 @@ from ..registry import spec
 from ..runtime.alarm import RankFailure
 from ..types import Comm
 from .anchors import OuterOptimizer
-from .base import OuterSync, Ranks
+from .base import OuterSync
 from .diloco import nesterov
-from .layers import layers_of
+from .joining import Ranks
+from .layer_rosters import LayerRosters
+from .layers import layers_of, run_before
+from .norms import over_shards, squared_norm
 from .options import SyncOptions
-from .penalty import PAPER, Detectors, Penalty, shares
-from .roster import Roster, require_same_round
+from .penalty import PAPER, Penalty
+from .roster import require_same_round
 from .sign_agreement import Majority, keep_majority
 from .transfer import Transfer
 from .units import Unit
@@ -123,12 +125,10 @@ class EDiT(OuterSync):
         self.majority = majority
         self.exhausted = False
         self.rejected = 0
-        self._detectors: Detectors | None = None
+        self._rosters = LayerRosters(penalty, len(self.units))
         self._ripe = False  # a round is due and not begun
         self._under_way = False  # a round is begun and not over
         self._pending: deque[Unit] = deque()  # of the open round, not yet submitted
-        self._rosters: list[Roster] = []
-        self._nonfinite: list[bool] = []
         self._began_at = 0  # local step at which the last round began
         self._next_number = 0  # of the first unit of the next round
         self._began_before = 0  # local step at which the last round but one began
@@ -151,7 +151,7 @@ class EDiT(OuterSync):
     def start(self) -> EDiT:
         super().start()
         replicas = range(self.comm.world_size)
-        self._detectors = self._renewed_detectors(
+        self._rosters.follow(
             replicas if self.members is None else self.comm.all_gather_object(_NEW)
         )
         # The last hook goes first: the model's before that of what it computes with itself.
@@ -163,7 +163,7 @@ class EDiT(OuterSync):
     def rebuild(self, process_group: Ranks) -> None:
         rank = self.comm.rank
         super().rebuild(process_group)
-        self._detectors = self._renewed_detectors(self.comm.all_gather_object(rank))
+        self._rosters.follow(self.comm.all_gather_object(rank))
 
     def synchronise(self) -> None:
         self._catch_up()  # a step whose optimizer was not called
@@ -179,12 +179,11 @@ class EDiT(OuterSync):
             self._catch_up()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "detectors": None if self._detectors is None else self._detectors.state_dict(),
+        return {
+            **super().state_dict(),
+            **self._rosters.state_dict(),
             "ripe": self._ripe,
             "pending": [unit.index for unit in self._pending],
-            "rosters": [list(roster.weights) for roster in self._rosters],
-            "nonfinite": list(self._nonfinite),
             "began_at": self._began_at,
             "next_number": self._next_number,
             "done": self._done,
@@ -193,13 +192,9 @@ class EDiT(OuterSync):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        if self.penalty is not None and state["detectors"] is not None:
-            saved = Detectors.of_state(state["detectors"], self.penalty)
-            self._detectors = saved.of(range(self.comm.world_size))
+        self._rosters.load_state_dict(state, self.comm.world_size)
         self._ripe = state["ripe"]
         self._pending = deque(self.units[index] for index in state["pending"])
-        self._rosters = [Roster(tuple(weights)) for weights in state["rosters"]]
-        self._nonfinite = list(state["nonfinite"])
         self._under_way = bool(self._pending or self._in_flight)
         self._began_at, self._next_number = state["began_at"], state["next_number"]
         self._done, self.rejected = state["done"], state["rejected"]
@@ -220,7 +215,7 @@ class EDiT(OuterSync):
     def carry_out(self, transfer: Transfer, comm: Comm) -> None:
         index = transfer.unit.index
         transfer.roster = self._rosters[index]
-        transfer.finite = not self._nonfinite[index]
+        transfer.finite = not self._rosters.nonfinite[index]
         if transfer.skipped:
             return
         divisors: Mapping[str, Tensor] = {}
@@ -230,7 +225,8 @@ class EDiT(OuterSync):
         for name, divisor in divisors.items():
             transfer.values[name].div_(divisor)
         if self.penalty is not None and self.penalty.clip is not None:
-            squares = self._over_shards(_squares(transfer.values.values(), transfer.device))
+            squares = squared_norm(transfer.values.values(), transfer.device)
+            squares = over_shards(squares, self._shards)
             factor = self.penalty.shrink(squares.sqrt())
             for x in transfer.values.values():
                 x.mul_(factor.to(x.dtype))
@@ -277,15 +273,11 @@ class EDiT(OuterSync):
             dtype=torch.float64,
             device=squares.device,
         )
-        done = torch.zeros(1, device=squares.device)
 
-        def tell() -> Tensor:
-            with torch.no_grad():
-                told.append(self._exchange(own, squares))
-            return done
+        def tell() -> None:
+            told.append(self._rosters.exchange(own, squares, self._private_comm, self._shards))
 
-        assert self._worker is not None
-        self._finished(self._worker.submit(tell, done, [own, squares]))
+        self.on_worker(tell, [own, squares])
         (rows,) = told
         require_same_round(rows[:, 0])
         all_exhausted = bool(rows[:, 1].all())
@@ -304,37 +296,12 @@ class EDiT(OuterSync):
             self._advance(len(self.units))
         return all_exhausted
 
-    def _exchange(self, own: Tensor, squares: Tensor) -> Tensor:
-        """On the worker's thread: (replicas, 4 + layers) of what all replicas tell, on the host. Norms of layers
-        that are not to count are inf; the rank that has a replica's first shard decides."""
-        raw = self._over_shards(squares).sqrt()
-        rank = self._private_comm.rank
-        self._nonfinite = (~raw.isfinite()).tolist()
-        norms = raw.cpu()
-        accepted = norms.isfinite()
-        if self._detectors is not None:
-            accepted = self._detectors.accepts(rank, norms)
-        row = torch.cat([own, norms.where(accepted, torch.inf).to(own.device)])
-        if self._shards is not None:
-            self._shards.broadcast(row, 0)
-        rows = self._private_comm.all_gather(row)
-        if self._shards is not None:
-            rows = self._shards.broadcast(rows.contiguous(), 0)
-        return rows.cpu()
-
     def _decide(self, norms: Tensor, weights: Tensor, steps: Tensor) -> None:
         """Rosters of all layers from (replicas, layers) norms."""
-        counts = norms.isfinite() & (weights > 0)[:, None]
-        if self.penalty is None:
-            final = weights[:, None].expand_as(norms)
-        else:
-            final = self.penalty.weights(norms, weights)
-        final = shares(self.blended(final, steps), counts)
-        if self._detectors is not None:
-            self._detectors.feed(norms.where(counts, torch.inf))
-        self._rosters = [Roster(tuple(column)) for column in final.T.tolist()]
-        if bool(weights[self._private_comm.rank] > 0):
-            self.rejected += int((~counts[self._private_comm.rank]).sum())
+        counts = self._rosters.decide(norms, weights, lambda final: self.blended(final, steps))
+        rank = self._private_comm.rank
+        if bool(weights[rank] > 0):
+            self.rejected += int((~counts[rank]).sum())
 
     @torch.no_grad()
     def _advance(self, index: int) -> None:
@@ -343,7 +310,7 @@ class EDiT(OuterSync):
         self.with_survivors(lambda: self._go_on(index))
         if self._under_way and not self._pending and not self._in_flight:
             self._under_way, self._done, self.newcomer = False, 0, False
-            self.was_reset = any(self._nonfinite)
+            self.was_reset = any(self._rosters.nonfinite)
             self.round_over()
         self._waited += time.perf_counter() - start
 
@@ -389,16 +356,8 @@ class EDiT(OuterSync):
         # Under activation checkpointing gradients are off here; evaluation must not wait for others.
         if not self._under_way or not self.replica.model.training:
             return
-        if not isinstance(module, FSDPModule):
-            self._advance(index)
-            return
-        module.reshard()  # what an evaluation left gathered is about to change
-        self._advance(len(self.units) if _gathers_ahead(module) else index)
-        if module is not self.replica.model:
-            # FSDP's own streams wait for writes of before the forward pass; asynchronous gathers use this one.
-            handle = module.unshard(async_op=True)
-            if handle is not None:
-                handle.wait()
+        whole = module is self.replica.model
+        run_before(module, whole, index, len(self.units), self._advance)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         super()._before_step(optimizer, args, kwargs)
@@ -411,35 +370,13 @@ class EDiT(OuterSync):
         super()._record(exposed + self._waited)
         self._waited = 0.0
 
-    def _renewed_detectors(self, replicas: Any) -> Detectors | None:
-        if self.penalty is None:
-            return None
-        old = self._detectors or Detectors(0, len(self.units), self.penalty)
-        return old.of(replicas)
-
     def _squares_of_units(self) -> Tensor:
         """(layers,) float64: squared norms of this rank's pseudo-gradients, NaN or inf where one is."""
         device = self.replica.device
         rows = []
         for unit in self.units:
-            row = _squares((self.anchors.difference(name) for name in unit.parameters), device)
+            row = squared_norm((self.anchors.difference(name) for name in unit.parameters), device)
             if self.options.average_buffers:
                 row = row + health((self.replica.buffers[n] for n in unit.buffers), device)
             rows.append(row)
         return torch.stack(rows)
-
-    def _over_shards(self, squares: Tensor) -> Tensor:
-        return squares if self._shards is None else self._shards.all_reduce(squares)
-
-
-def _squares(xs: Any, device: torch.device) -> Tensor:
-    """0-d float64: the squared 2-norm of all ``xs`` together."""
-    norms = [torch.linalg.vector_norm(x).double() for x in xs if x.numel()]
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(norms).square().sum() if norms else zero
-
-
-def _gathers_ahead(module: FSDPModule) -> bool:
-    """Whether FSDP gathers other modules when it comes to ``module``. It has no public word for it; only looked
-    at, never touched."""
-    return bool(module._get_fsdp_state()._states_to_forward_prefetch)

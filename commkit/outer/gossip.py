@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from ..registry import spec
 from ..types import Comm
-from .base import Ranks
 from .decentralised import NOBODY, Decentralised, refusal_of
 from .flat import WireDtype, flat, for_wire, parts
 from .gossip_schedule import GossipSchedule
+from .joining import Ranks
 from .options import SyncOptions
 from .peers import tag_of
 from .topologies import Mixing, Neighbours, RandomPairs, Topology

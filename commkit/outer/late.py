@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from ..reducer import Reducer
 from ..runtime.alarm import RankFailure
 from .anchors import OuterOptimizer
-from .base import OuterSync, Ranks, RoundAborted
+from .base import OuterSync
+from .joining import Ranks
 from .options import SyncOptions
 from .transfer import Transfer
 from .units import Unit
@@ -114,19 +115,19 @@ class LateSync(OuterSync):
 
     def arrive(self) -> None:
         """Wait for the oldest outcome in flight. If ranks were lost meanwhile, those that are left send the same again."""
-        while True:
-            try:
-                if self._in_flight:
-                    self._wait(self._in_flight[0])
-                if self.members is not None:
-                    self.members.catch_up()
-                waiting = [transfer for transfer in self._in_flight if transfer.waits]
-                for transfer in waiting:
-                    self._submit(transfer)
-                if not waiting:
-                    return
-            except RoundAborted as error:
-                self.survive(error)
+        while self.with_survivors(self._sent_again):
+            pass
+
+    def _sent_again(self) -> bool:
+        """Whether what is in flight had to be sent again; if not, it has arrived, or is behind what has."""
+        if self._in_flight:
+            self._wait(self._in_flight[0])
+        if self.members is not None:
+            self.members.catch_up()
+        waiting = [transfer for transfer in self._in_flight if transfer.waits]
+        for transfer in waiting:
+            self._submit(transfer)
+        return bool(waiting)
 
     def _taken(self, unit: Unit) -> Transfer:
         transfer = super()._taken(unit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -86,6 +86,36 @@ def layers_of(replica: Replica, names: Sequence[str] | None = None) -> Layers:
         if needed:
             needs[module] = max(needed)
     return Layers(units, needs)
+
+
+def run_before(
+    module: nn.Module, whole: bool, index: int, last: int, write: Callable[[int], None]
+) -> None:
+    """Write weights before ``module`` computes with them, whoever has gathered them.
+
+    Args:
+        module: about to run.
+        whole: whether it is the model itself.
+        index: of the last unit that it needs.
+        last: in its place where FSDP2 gathers ahead.
+        write: brings all units up to an index up to date.
+    """
+    if not isinstance(module, FSDPModule):
+        write(index)
+        return
+    module.reshard()  # what an evaluation left gathered is about to change
+    write(last if _gathers_ahead(module) else index)
+    if not whole:
+        # FSDP's own streams wait for writes of before the forward pass; asynchronous gathers use this one.
+        handle = module.unshard(async_op=True)
+        if handle is not None:
+            handle.wait()
+
+
+def _gathers_ahead(module: FSDPModule) -> bool:
+    """Whether FSDP gathers other modules when it comes to ``module``. It has no public word for it; only looked
+    at, never touched."""
+    return bool(module._get_fsdp_state()._states_to_forward_prefetch)
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:

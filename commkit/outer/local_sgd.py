@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..reducer import Reducer
-from .base import OuterSync, Ranks
+from .base import OuterSync
+from .joining import Ranks
 from .options import SyncOptions
 from .units import Unit
 

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from ..aggregators.robust_rules import check_num_faulty, decide
 from ..types import Comm, NonFiniteError
-from .base import Ranks
 from .decentralised import NOBODY, Decentralised, refusal_of
 from .flat import WireDtype, flat, for_wire, parts
+from .joining import Ranks
 from .options import SyncOptions
 from .peers import tag_of
 from .transfer import Transfer

@@ -15,9 +15,9 @@ from ..metrics import profiler_range
 from ..registry import spec
 from ..runtime.alarm import Alarm, NoAlarm
 from ..types import Comm, Compressor, TensorCtx
-from .base import Ranks
 from .decentralised import NOBODY, Decentralised
 from .flat import WireDtype, flat, for_wire, parts
+from .joining import Ranks
 from .options import SyncOptions
 from .pairing import partners_of, random_groups, round_robin
 from .peers import tag_of

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from ..registry import spec
 from ..runtime.alarm import Alarm, NoAlarm
 from ..types import Comm
-from .base import Ranks
 from .flat import WireDtype, flat, for_wire, parts
 from .gossip import Gossip
 from .gossip_schedule import GossipSchedule
+from .joining import Ranks
 from .options import SyncOptions
 from .peers import tag_of
 from .topologies import Mixing, OnePeerExponential, Topology

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ..reducer import Reducer
-from .base import OuterSync, Ranks
+from .base import OuterSync
+from .joining import Ranks
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from ..aggregators.health import are_finite
 from ..reducer import Reducer
 from ..types import Comm
 from .anchors import OuterOptimizer
-from .base import Ranks
 from .diloco import DiLoCo
 from .fragments import Fragments, Pattern, cut, require_divides
+from .joining import Ranks
 from .mixing import mixing_bound
 from .options import SyncOptions
 from .transfer import Transfer

@@ -19,6 +19,23 @@ _SKELETON = "skeleton"
 
 
 @dataclass(frozen=True, slots=True)
+class Merge:
+    """One merger, for the record.
+
+    Args:
+        round: rounds that were behind.
+        survivor: the trainer that goes on; its weights counted ``survivor_batch``.
+        freed: the trainer whose workers joined it; its weights counted ``freed_batch``.
+    """
+
+    round: int
+    survivor: int
+    freed: int
+    survivor_batch: int
+    freed_batch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Merged:
     """What a merger brings; equal on all ranks of the merged trainer.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from commkit.outer.base import OuterSync
+from commkit.outer import OuterSync
 from commkit.types import Comm
 
 

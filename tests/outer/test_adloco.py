@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import commkit
+from commkit.outer import RoundAborted
 from commkit.outer.adloco import AdLoCo
-from commkit.outer.base import RoundAborted
 from commkit.outer.diloco import DiLoCo
 from commkit.outer.norm_test import BatchPlan, NormTest
 from commkit.outer.options import SyncOptions

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import commkit
-from commkit.outer.base import OuterSync, RoundAborted
+from commkit.outer import OuterSync, RoundAborted
 from commkit.outer.diloco import DiLoCo
 from commkit.outer.local_sgd import LocalSGD
 from commkit.outer.options import SyncOptions

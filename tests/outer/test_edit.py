@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import commkit
-from commkit.outer.base import OuterSync, RoundAborted
+from commkit.outer import OuterSync, RoundAborted
 from commkit.outer.diloco import DiLoCo
 from commkit.outer.edit import EDiT
 from commkit.outer.local_sgd import LocalSGD

@@ -16,7 +16,7 @@ import commkit
 from commkit.aggregators import AllReduce, LowRankQuantized
 from commkit.compressors import NoCompression
 from commkit.feedback import ErrorFeedback
-from commkit.outer.base import RoundAborted
+from commkit.outer import RoundAborted
 from commkit.outer.co2 import CO2
 from commkit.outer.dilocox import DiLoCoX
 from commkit.outer.late import LateSync

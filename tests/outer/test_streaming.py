@@ -21,7 +21,7 @@ import commkit
 from commkit.aggregators import TwoShot
 from commkit.compressors import E3M0
 from commkit.feedback import ErrorFeedback
-from commkit.outer.base import OuterSync, RoundAborted
+from commkit.outer import OuterSync, RoundAborted
 from commkit.outer.diloco import DiLoCo
 from commkit.outer.mixing import mixing_bound, mixing_radius
 from commkit.outer.options import SyncOptions

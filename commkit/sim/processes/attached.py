@@ -13,9 +13,9 @@ from ...adapters.at_step import StepHandle
 from ...aggregators import AllGather
 from ...compressors import TopK
 from ...feedback import ErrorFeedback
-from ...outer import CO2, DiLoCo, LocalSGD, NoLoCo, StreamingDiLoCo
-from ...outer.base import OuterSync
+from ...outer import CO2, DiLoCo, LocalSGD, NoLoCo, OuterSync, StreamingDiLoCo
 from ...outer.following import Follower
+from ...outer.joining import Joined
 from ...reducer import Reducer
 from ...runtime.agreement import trainable_parameters
 from ...runtime.alarm import NoAlarm
@@ -68,7 +68,7 @@ def _virtual(kind: type[OuterSync], world: World, process: Process) -> type[Oute
     class Virtual(kind):  # type: ignore[misc,valid-type]
         def _join(self, group: Any) -> Any:
             comm = self.members.comm
-            return comm, comm.split([list(range(comm.world_size))], "outer"), NoAlarm()
+            return Joined(comm, comm.split([list(range(comm.world_size))], "outer"), NoAlarm())
 
         def _refuse_spanning_ddp(self) -> None:
             """There are no process groups here."""
