@@ -23,8 +23,7 @@ class ErrorFeedback:
     Without decay, the sum of everything sent plus the residual equals the sum of everything put in.
     Residuals are this rank's own, in float32 (float64 for float64 gradients): 4 bytes per compressed
     element, and another 4 between a reduction and the end of its step, so that a step that is given up
-    leaves them untouched. On a CPU those are kept for the next step: fresh memory costs more than what is
-    written to it.
+    leaves them untouched.
 
     Args:
         decay: share of the residual that is carried on. 1 loses nothing. Below 1 the residual is a

@@ -62,7 +62,8 @@ def test_predicted_bytes_are_those_that_the_lab_counted(name):
     [
         ("ddp_4_nodes_50mbit", 4, 5e7),
         ("ddp_4_nodes_200mbit", 4, 2e8),
-        ("systems_4_nodes_100mbit", 4, 1e8),
+        ("grid_2_nodes_200mbit", 2, 2e8),
+        ("grid_2_nodes_50mbit", 2, 5e7),
         ("powersgd_2_nodes_50mbit", 2, 5e7),
     ],
 )
