@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops import two_norm
+from ..ops import empty, two_norm
 from ..registry import register
 from ..types import StateDict
 from .staged import StagedTensors
@@ -35,9 +35,7 @@ class ErrorFeedback:
     """
 
     decay: float = 1.0
-    _residuals: StagedTensors = field(
-        default_factory=lambda: StagedTensors(recycle=True), init=False, repr=False
-    )
+    _residuals: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.decay <= 1:
@@ -56,8 +54,9 @@ class ErrorFeedback:
 
     def compensate(self, x: Tensor, key: str) -> Tensor:
         """``x + e`` as a fresh tensor in the work dtype."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
         residual = self._residuals.get_like(key, x, "residual")
-        out = self._residuals.fresh(key, x)
+        out = empty(x.shape, dtype, x.device)
         if residual is None:
             return out.copy_(x)
         return torch.add(x, residual, alpha=self.decay, out=out)
