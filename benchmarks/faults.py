@@ -3,7 +3,7 @@
     python benchmarks/faults.py [--workers 3 4 6] [--repeats 5] [--json FILE]    after a kill, after a stop
     python benchmarks/faults.py --figures                                        the table F1 to F20 besides
     python benchmarks/faults.py --soak 20                                        minutes of random kills and starts besides
-    python benchmarks/faults.py --again F10 F11                                  these anew, into results/faults.json and its table
+    python benchmarks/faults.py --again F10 F19                                  these anew (F19 by a soak of 20 minutes), into results/faults.json
     python benchmarks/faults.py --table                                          results/faults.md anew, of results/faults.json
 
 Real processes on this machine, over gloo.

@@ -302,11 +302,19 @@ _FIGURES = (
 def measure_again(
     names: Collection[str], rows: Sequence[Mapping[str, Any]], when: str
 ) -> list[dict[str, Any]]:
-    """``rows`` of an earlier table, with those of ``names`` measured now; of F4 and later, but for F19, which a soak gives."""
+    """``rows`` of an earlier table, with those of ``names`` measured now; of F4 and later, but for F19, which is
+    :func:`soak_row`'s."""
     again = [figure for figure in _FIGURES if figure.name in names]
-    kept = [dict(row) for row in rows if row[""] not in {figure.name for figure in again}]
-    new = [_measured(figure) | {"when": when} for figure in again]
-    return sorted(kept + new, key=lambda row: int(row[""][1:]))
+    return exchanged(rows, [_measured(figure) | {"when": when} for figure in again])
+
+
+def exchanged(
+    rows: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """``rows``, in which ``new`` ones take the place of those of the same faults."""
+    names = {row[""] for row in new}
+    kept = [dict(row) for row in rows if row[""] not in names]
+    return sorted([*kept, *map(dict, new)], key=lambda row: int(row[""][1:]))
 
 
 def _measured(figure: Figure) -> dict[str, Any]:
@@ -334,13 +342,15 @@ def figures(
         _row("F3", "SIGSTOP in an all-reduce, limit_s=5", "s until all know", 6.0, max(r["all know"] for r in stopped), LOSSES),
     ]  # fmt: skip
     rows += map(_measured, _FIGURES)
-    if soaked:
-        inject = f"{soaked['minutes']:g} minutes of random kills and starts"
-        longest = soaked["longest time without a step, s"]
-        command = f"python benchmarks/faults.py --soak {soaked['minutes']:g}"
-        row = _row("F19", inject, "s without a step", 60, longest, command)
-        rows.insert(-1, row)
-    return rows
+    return exchanged(rows, [soak_row(soaked)]) if soaked else rows
+
+
+def soak_row(soaked: Mapping[str, Any]) -> dict[str, Any]:
+    """F19, of what a soak said."""
+    inject = f"{soaked['minutes']:g} minutes of random kills and starts"
+    longest = soaked["longest time without a step, s"]
+    command = f"python benchmarks/faults.py --soak {soaked['minutes']:g}"
+    return _row("F19", inject, "s without a step", 60, longest, command)
 
 
 def _row(

@@ -77,7 +77,7 @@ class VirtualStore:
 
     def pause(self, seconds: float) -> None:
         """Its host is stopped for so long; what arrives meanwhile waits."""
-        self._resumes = self._network.clock.now + seconds
+        self._resumes = max(self._resumes, self._network.clock.now + seconds)
 
     def append(
         self,
