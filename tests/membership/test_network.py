@@ -78,9 +78,9 @@ def _one_dies_and_one_hangs(rank: int, step: int) -> None:
 
 def test_a_group_that_is_not_made_in_time_is_given_up() -> None:
     options = ElasticOptions(
-        heartbeat_s=0.25, limit_s=3.0, start_s=30.0, step_limit_s=0.7, max_tries=2
+        heartbeat_s=0.25, limit_s=6.0, start_s=30.0, step_limit_s=3.0, max_tries=2
     )
     with Crew(train, 3, TOPK, 6, options, _one_dies_and_one_hangs) as crew:
         kind, message = crew.error_of(0)
     assert kind == "TrainingStopped"
-    assert "tried step 4 max_tries=2 times: a step took longer than step_limit_s=0.7" in message
+    assert "tried step 4 max_tries=2 times: a step took longer than step_limit_s=3" in message
