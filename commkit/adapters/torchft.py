@@ -48,6 +48,9 @@ class ManagedComm(DistComm):
     def _device_of_objects(self) -> torch.device:
         return self._device
 
+    def _both_ways(self, x: Tensor) -> bool:
+        return False  # torch sends between pairs of groups that it knows alone
+
     @contextmanager
     def _counted(self, op: str, payload_bytes: int, wire_bytes: int) -> Iterator[None]:
         try:
