@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -31,7 +32,7 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
     commkit.attach(twice, "ddp").close()
     sparse = DDP(nn.EmbeddingBag(10, 4, sparse=True, mode="sum"))
     names = "powersgd", "sign"
-    return {
+    told = {
         "unknown scheme": _refusal(lambda: commkit.attach(net(), "powersdg")),
         "unknown field": _refusal(lambda: commkit.attach(net(), "powersgd", rnak=4)),
         "rank": _refusal(lambda: commkit.attach(net(), "powersgd", rank=0)),
@@ -49,6 +50,8 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
         ),
         "still usable": _refusal(lambda: commkit.attach(net(), "powersgd").close()),
     }
+    dist.barrier()  # nobody ends while another still connects
+    return told
 
 
 EXPECTED = {
