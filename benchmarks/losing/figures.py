@@ -6,7 +6,7 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,12 +299,10 @@ _FIGURES = (
 )  # fmt: skip
 
 
-def measure_again(
-    names: Collection[str], rows: Sequence[Mapping[str, Any]], when: str
-) -> list[dict[str, Any]]:
-    """``rows`` of an earlier table, with those of ``names`` measured now; of F4 and later, but for F19, which is
+def measure_again(name: str, rows: Sequence[Mapping[str, Any]], when: str) -> list[dict[str, Any]]:
+    """``rows`` of an earlier table, with those of ``name`` measured now; of F4 and later, but for F19, which is
     :func:`soak_row`'s."""
-    again = [figure for figure in _FIGURES if figure.name in names]
+    again = [figure for figure in _FIGURES if figure.name == name]
     return exchanged(rows, [_measured(figure) | {"when": when} for figure in again])
 
 

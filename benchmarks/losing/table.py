@@ -60,7 +60,7 @@ def measure_some_again(names: Sequence[str]) -> None:
             tables[f"soak of {SOAK_MINUTES:g} minutes"] = [told]
             tables[_FIRST] = exchanged(tables[_FIRST], [soak_row(told) | {"when": when}])
         else:
-            tables[_FIRST] = measure_again([name], tables[_FIRST], when)
+            tables[_FIRST] = measure_again(name, tables[_FIRST], when)
         write_json(SOURCE, result | {"tables": tables})
         write_table()
 

@@ -14,9 +14,8 @@ from .network import STORE, VirtualNetwork, VirtualStore
 from .worker import SimWorker
 
 _FAULTS_END_S = 20.0
-_SETTLED_S = (
-    500.0  # a pair that is cut off for ever takes max_tries of 8 s with each set of members
-)
+# A pair that is cut off for ever takes max_tries of up to 8 s with each set of members.
+_SETTLED_S = 500.0
 _HEARTBEAT_S = 0.5
 _FAST_S = 0.01  # networks with which the judge may demand that nobody is left out for nothing
 # At which a fault may strike: kinds of records, as they are written to the log and before their author knows, and what
