@@ -65,8 +65,8 @@ COMMKIT_TARGET double encode_signs(const float *x, int64_t n, uint8_t *bits) {
   return sizes.finish(x, whole, n);
 }
 
-COMMKIT_TARGET double compensate_and_encode(float *residual, const float *g, int64_t n, float decay,
-                                            float sent, uint8_t *bits) {
+COMMKIT_TARGET double compensate_and_encode(const float *residual, const float *g, float *sum,
+                                            int64_t n, float decay, float sent, uint8_t *bits) {
   Sizes sizes = {};
   const __m256 share = _mm256_set1_ps(decay), zero = _mm256_setzero_ps();
   const __m256 below = _mm256_set1_ps(sent), above = _mm256_set1_ps(-sent);
@@ -78,14 +78,14 @@ COMMKIT_TARGET double compensate_and_encode(float *residual, const float *g, int
       const __m256 taken = _mm256_blendv_ps(below, above, _mm256_cmp_ps(before, zero, _CMP_GE_OQ));
       const __m256 left = _mm256_mul_ps(_mm256_add_ps(before, taken), share);
       const __m256 v = _mm256_add_ps(left, _mm256_loadu_ps(g + at)); // rounded thrice, as everywhere
-      _mm256_storeu_ps(residual + at, v);
+      _mm256_storeu_ps(sum + at, v);
       bits[at / 8] = sign_byte(v);
       sizes.add(v, half);
     }
   for (int64_t i = whole; i < n; ++i)
-    residual[i] = loops::compensated(residual[i], g[i], decay, sent);
-  loops::pack_signs(residual + whole, n - whole, bits + whole / 8);
-  return sizes.finish(residual, whole, n);
+    sum[i] = loops::compensated(residual[i], g[i], decay, sent);
+  loops::pack_signs(sum + whole, n - whole, bits + whole / 8);
+  return sizes.finish(sum, whole, n);
 }
 
 // Moves bit 8 j + k of a word to the sign of lane k.

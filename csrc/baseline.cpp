@@ -11,9 +11,9 @@ void pack_signs(const float *x, int64_t n, uint8_t *bits) { loops::pack_signs(x,
 double encode_signs(const float *x, int64_t n, uint8_t *bits) {
   return loops::encode_signs(x, n, bits);
 }
-double compensate_and_encode(float *residual, const float *g, int64_t n, float decay, float sent,
-                             uint8_t *bits) {
-  return loops::compensate_and_encode(residual, g, n, decay, sent, bits);
+double compensate_and_encode(const float *residual, const float *g, float *sum, int64_t n,
+                             float decay, float sent, uint8_t *bits) {
+  return loops::compensate_and_encode(residual, g, sum, n, decay, sent, bits);
 }
 void sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *scales, int rows,
                bool accumulate) {

@@ -13,7 +13,7 @@
 
 // Bumped with every change of a signature below: a library left over from another build is not
 // used.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 // Dtypes of inputs.
 enum CommkitDtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -41,12 +41,12 @@ COMMKIT_API void ck_sum_signs(float *out, int64_t n, const uint8_t *const *bits,
 
 // Of `count` tensors at once, each with sizes[i] elements and dtypes[i]. The signs of one begin at the
 // byte after those of the one before; scales[i] is the mean of |x|. With residuals, which may be null
-// as `sent` may, x is first made residuals[i] = residuals[i] (less sent[i] where it is not below 0,
-// plus that where it is) * decay + x.
+// as `sent` may, they are those of sums[i] = residuals[i] (less sent[i] where it is not below 0, plus
+// that where it is) * decay + x instead; a sum may be its residual.
 COMMKIT_API void ck_foreach_encode_signs(uint8_t *bits, float *scales, const void *const *xs,
                                          const int *dtypes, const int64_t *sizes, int64_t count,
-                                         float *const *residuals, float decay, const float *sent,
-                                         int threads);
+                                         const float *const *residuals, float *const *sums,
+                                         float decay, const float *sent, int threads);
 
 // ck_sum_signs into each of `count` tensors, of signs as ck_foreach_encode_signs leaves them; the
 // scale of row r for tensor i is scales[r * count + i].

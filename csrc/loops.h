@@ -69,11 +69,11 @@ COMMKIT_INLINE float compensated(float residual, float g, float decay, float sen
   return (residual + (residual >= 0 ? -sent : sent)) * decay + g;
 }
 
-COMMKIT_INLINE double compensate_and_encode(float *residual, const float *g, int64_t n, float decay,
-                                            float sent, uint8_t *bits) {
+COMMKIT_INLINE double compensate_and_encode(const float *residual, const float *g, float *sum,
+                                            int64_t n, float decay, float sent, uint8_t *bits) {
   for (int64_t i = 0; i < n; ++i)
-    residual[i] = compensated(residual[i], g[i], decay, sent);
-  return encode_signs(residual, n, bits);
+    sum[i] = compensated(residual[i], g[i], decay, sent);
+  return encode_signs(sum, n, bits);
 }
 
 COMMKIT_INLINE float signed_scale(const uint8_t *bits, int64_t i, float scale) {

@@ -55,25 +55,25 @@ private:
 } // namespace
 
 void ck_foreach_encode_signs(uint8_t *bits, float *scales, const void *const *xs, const int *dtypes,
-                             const int64_t *sizes, int64_t count, float *const *residuals,
-                             float decay, const float *sent, int threads) {
+                             const int64_t *sizes, int64_t count, const float *const *residuals,
+                             float *const *sums, float decay, const float *sent, int threads) {
   const Table &t = table();
   const Chunks chunks(sizes, count);
   // Partial sums belong to chunks, not to threads, and are added in order.
-  std::vector<double> sums(chunks.size());
+  std::vector<double> l1(chunks.size());
   chunks.each(threads, [&](int64_t i, int64_t begin, int64_t end, int64_t byte) {
     const float taken = sent ? sent[i] : 0.0f; // and taking nothing changes not a bit
     Input(xs[i], dtypes[i], t).each(begin, end, [&](const float *piece, int64_t at, int64_t n) {
       uint8_t *to = bits + byte + (at - begin) / 8;
-      sums[chunks.first(i) + at / kChunk] =
-          residuals ? t.compensate_and_encode(residuals[i] + at, piece, n, decay, taken, to)
+      l1[chunks.first(i) + at / kChunk] =
+          residuals ? t.compensate_and_encode(residuals[i] + at, piece, sums[i] + at, n, decay, taken, to)
                     : t.encode_signs(piece, n, to);
     });
   });
   for (int64_t i = 0; i < count; ++i) {
     double sum = 0;
     for (int64_t c = 0; c < chunks.size(i); ++c)
-      sum += sums[chunks.first(i) + c];
+      sum += l1[chunks.first(i) + c];
     scales[i] = static_cast<float>(sum / static_cast<double>(std::max<int64_t>(sizes[i], 1)));
   }
 }

@@ -40,9 +40,9 @@ struct Table {
   void (*pack_signs)(const float *x, int64_t n, uint8_t *bits);
   // The same, and the sum of |x| in 16 interleaved partial sums of float64.
   double (*encode_signs)(const float *x, int64_t n, uint8_t *bits);
-  // The same of residual = (residual less sent, towards or past zero) * decay + g.
-  double (*compensate_and_encode)(float *residual, const float *g, int64_t n, float decay,
-                                  float sent, uint8_t *bits);
+  // The same of sum = (residual less sent, towards or past zero) * decay + g; sum may be residual.
+  double (*compensate_and_encode)(const float *residual, const float *g, float *sum, int64_t n,
+                                  float decay, float sent, uint8_t *bits);
   void (*sum_signs)(float *out, int64_t n, const uint8_t *const *bits, const float *scales,
                     int rows, bool accumulate);
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import Tensor
 
 from ..feedback import ErrorFeedback, MomentumCorrection, NoFeedback
-from ..types import Aggregated, Aggregator, Comm, Compressor, Feedback, Payload, TensorCtx
+from ..ops import empty
+from ..types import (
+    AddsResiduals,
+    Aggregated,
+    Aggregator,
+    Comm,
+    CompressesSums,
+    Compressor,
+    Feedback,
+    Payload,
+    TensorCtx,
+)
 from .all_gather import AllGather
 from .outcome import take_sent
+from .summing import compress_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +31,14 @@ class Outgoing:
     """One tensor on its way to an aggregator.
 
     Args:
-        delta: with what was left unsent before; of a fused path the gradient as it was.
-        payload: made by a fused path, which has staged what that leaves unsent.
+        delta: with what was left unsent before; of the fused path of momentum correction the gradient as it was.
+        payload: made by that path, which has staged what it leaves unsent.
+        addends: residual and gradient, whose sum the aggregator writes to ``delta``.
     """
 
     delta: Tensor
     payload: Payload | None = None
+    addends: tuple[Tensor, Tensor] | None = None
 
 
 def compensate(
@@ -35,7 +50,16 @@ def compensate(
         payload = feedback.send(x, ctx.key, aggregator.compressor, ctx)
         if payload is not None:
             return Outgoing(x, payload)
+    if isinstance(feedback, ErrorFeedback) and _adds(aggregator):
+        residual = feedback.addend(x, ctx.key)
+        if residual is not None:
+            delta = empty(ctx.shape, ctx.work_dtype, ctx.device)
+            return Outgoing(delta, addends=(residual, x))
     return Outgoing(feedback.compensate(x, ctx.key))
+
+
+def _adds(aggregator: Aggregator | None) -> TypeGuard[AddsResiduals]:
+    return isinstance(aggregator, AddsResiduals) and aggregator.adds_residuals
 
 
 def aggregate(
@@ -43,6 +67,8 @@ def aggregate(
 ) -> list[Aggregated]:
     """``aggregator.aggregate`` of what :func:`compensate` gave."""
     deltas, made = [each.delta for each in outgoing], [each.payload for each in outgoing]
+    if _adds(aggregator):
+        return aggregator.aggregate_sums(deltas, [each.addends for each in outgoing], ctxs, comm)
     if any(made):
         assert isinstance(aggregator, AllGather)
         return aggregator.aggregate(deltas, ctxs, comm, made)
@@ -81,11 +107,28 @@ def _update_one(feedback: Feedback, delta: Tensor, outcome: Aggregated, key: str
         feedback.update(delta, outcome.sent, key)
 
 
-def compensate_own(feedback: Feedback, x: Tensor, key: str) -> Tensor:
-    """``feedback.compensate`` of an ``x`` of the work dtype that may be overwritten."""
-    if isinstance(feedback, ErrorFeedback):
-        return feedback.compensate_(x, key)
-    return feedback.compensate(x, key)
+def compress_own(
+    feedback: Feedback,
+    compressor: Compressor,
+    xs: Sequence[Tensor],
+    used: Collection[int],
+    ctxs: Sequence[TensorCtx],
+    salt: int,
+) -> list[Payload]:
+    """``compress_each`` of ``xs``, contiguous and of the work dtype, of which those that are ``used`` become what
+    ``feedback.compensate`` makes of them, in their own memory."""
+    addends: list[tuple[Tensor, Tensor] | None] = [None] * len(xs)
+    for i in used:
+        x, key = xs[i], ctxs[i].key
+        if isinstance(feedback, ErrorFeedback):
+            residual = feedback.addend(x, key)
+            if residual is not None and isinstance(compressor, CompressesSums):
+                addends[i] = x, residual
+            else:
+                feedback.compensate_(x, key)
+        elif not isinstance(feedback, NoFeedback):
+            x.copy_(feedback.compensate(x, key))
+    return compress_sums(compressor, xs, addends, ctxs, salt)
 
 
 def update_with_payloads(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from ..types import TensorCtx
 
@@ -26,6 +27,10 @@ class Shard:
     @property
     def end(self) -> int:
         return self.start + self.numel
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This shard of its flattened tensor."""
+        return flat[self.start : self.end]
 
 
 @lru_cache(maxsize=1 << 14)

@@ -16,6 +16,7 @@ from ..types import (
     WHOLE,
     Aggregated,
     Comm,
+    CompressesSums,
     Compressor,
     Feedback,
     Payload,
@@ -26,8 +27,9 @@ from ..types import (
 from .exchange import Exchange
 from .health import health
 from .outcome import Decoded, Part
-from .residuals import compensate_own, update_with_payloads
+from .residuals import compress_own, update_with_payloads
 from .sharding import Shard, shard_key, shards_of, spans_of
+from .summing import compress_sums
 
 _FIRST = 1024  # elements, one of which is hardly ever not zero
 
@@ -75,26 +77,33 @@ class TwoShot:
         if self.granule < 8:
             raise ValueError(f"granule={self.granule} must be >= 8; use for example 4096")
 
+    @property
+    def adds_residuals(self) -> bool:
+        return isinstance(self.compressor, CompressesSums)
+
     def aggregate(
         self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
     ) -> list[Aggregated]:
+        return self.aggregate_sums(xs, [None] * len(xs), ctxs, comm)
+
+    def aggregate_sums(
+        self,
+        sums: Sequence[Tensor],
+        addends: Sequence[tuple[Tensor, Tensor] | None],
+        ctxs: Sequence[TensorCtx],
+        comm: Comm,
+    ) -> list[Aggregated]:
         self._deal_whole(comm)
-        flats = [x.reshape(-1) for x in xs]
         shards = [
             s
             for i, ctx in enumerate(ctxs)
             for s in shards_of(i, ctx, comm.world_size, self.granule)
         ]
         with profiler_range("compress"):
-            made = self.compressor.compress_each(
-                [flats[s.index][s.start : s.end] for s in shards],
-                [s.ctx for s in shards],
-                comm.rank,
-            )
-        payloads = dict(zip(shards, made, strict=True))
+            payloads = self._compress(shards, sums, addends, comm.rank)
         device = ctxs[0].device
         # A pass over every gradient, where no payload tells what it would find.
-        inputs = [] if self.compressor.shows_nonfinite else xs
+        inputs = [] if self.compressor.shows_nonfinite else sums
         flag = health([*inputs, *(t for payload in payloads.values() for t in payload)], device)
         exchange = Exchange(shards, comm)
         received = exchange.to_owners(payloads, flag)
@@ -111,6 +120,24 @@ class TwoShot:
             for ctx, own in zip(ctxs, parts, strict=True)
         ]
 
+    def _compress(
+        self,
+        shards: Sequence[Shard],
+        sums: Sequence[Tensor],
+        addends: Sequence[tuple[Tensor, Tensor] | None],
+        rank: int,
+    ) -> dict[Shard, Payload]:
+        flats = [x.reshape(-1) for x in sums]
+        pairs = [None if pair is None else [x.view(-1) for x in pair] for pair in addends]
+        made = compress_sums(
+            self.compressor,
+            [s.of(flats[s.index]) for s in shards],
+            [None if (p := pairs[s.index]) is None else (s.of(p[0]), s.of(p[1])) for s in shards],
+            [s.ctx for s in shards],
+            rank,
+        )
+        return dict(zip(shards, made, strict=True))
+
     def _serve(
         self,
         mine: Sequence[Shard],
@@ -124,11 +151,9 @@ class TwoShot:
             self.compressor.combine_each_into(means, list(zip(*received, strict=True)), ctxs)
         # Nobody sent anything: nobody may use the answer either, so the residual waits.
         used = [i for i, mean in enumerate(means) if bool(mean[:_FIRST].any()) or bool(mean.any())]
-        for i in used:
-            means[i] = compensate_own(self.server_feedback, means[i], ctxs[i].key)
         # ~rank: rounding must be independent of the first stage's.
         with profiler_range("compress"):
-            combined = self.compressor.compress_each(means, ctxs, ~rank)
+            combined = compress_own(self.server_feedback, self.compressor, means, used, ctxs, ~rank)
         update_with_payloads(
             self.server_feedback,
             [means[i] for i in used],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import ClassVar, Literal
 
 import torch
@@ -51,15 +52,37 @@ class Sign(Compressor):
         if len(xs) < 2 or any(x.dtype == torch.float64 for x in xs):
             return Compressor.compress_each(self, xs, ctxs, salt)
         flats = [x.reshape(-1) for x in xs]
-        lengths = [-(-x.numel() // 8) for x in xs]
-        bits = torch.empty(sum(lengths), dtype=torch.uint8, device=xs[0].device)
-        sizes = torch.empty(len(xs), dtype=torch.float32, device=xs[0].device)
+        bits, sizes = _room(flats)
         ops.foreach_encode_signs_(bits, sizes, flats)
+        return self._payloads(bits, sizes, flats, ctxs)
+
+    def compress_sums(
+        self,
+        sums: Sequence[Tensor],
+        residuals: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        ctxs: Sequence[TensorCtx],
+        salt: int = 0,
+    ) -> list[Payload]:
+        if any(x.dtype != torch.float32 for x in sums):
+            for total, residual, gradient in zip(sums, residuals, gradients, strict=True):
+                torch.add(residual, gradient, out=total)
+            return self.compress_each(sums, ctxs, salt)
+        bits, sizes = _room(sums)
+        if all(map(is_, sums, residuals)):
+            ops.foreach_encode_signs_compensated_(bits, sizes, sums, gradients)
+        else:
+            ops.foreach_encode_signs_of_sums_(bits, sizes, sums, residuals, gradients)
+        return self._payloads(bits, sizes, sums, ctxs)
+
+    def _payloads(
+        self, bits: Tensor, sizes: Tensor, flats: Sequence[Tensor], ctxs: Sequence[TensorCtx]
+    ) -> list[Payload]:
+        """Those of each, of the signs of all and their mean magnitudes."""
         if self.scale == "rms":
             sizes = torch.stack([_rms(x, ctx) for x, ctx in zip(flats, ctxs, strict=True)])
-        return list(
-            zip(bits.split_with_sizes(lengths), sizes.split_with_sizes([1] * len(xs)), strict=True)
-        )
+        parts = bits.split_with_sizes([_bytes(x) for x in flats])
+        return list(zip(parts, sizes.split_with_sizes([1] * len(flats)), strict=True))
 
     def decompress(self, payload: Payload, ctx: TensorCtx) -> Tensor:
         return self.combine([payload], ctx)
@@ -101,6 +124,18 @@ class Sign(Compressor):
 
     def payload_bytes(self, ctx: TensorCtx) -> int:
         return -(-ctx.numel // 8) + 4
+
+
+def _bytes(x: Tensor) -> int:
+    """Of its signs."""
+    return -(-x.numel() // 8)
+
+
+def _room(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """For the signs of all, and a scale of each."""
+    device = xs[0].device
+    bits = torch.empty(sum(map(_bytes, xs)), dtype=torch.uint8, device=device)
+    return bits, torch.empty(len(xs), dtype=torch.float32, device=device)
 
 
 def _rms(flat: Tensor, ctx: TensorCtx) -> Tensor:

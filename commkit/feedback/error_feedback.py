@@ -61,6 +61,14 @@ class ErrorFeedback:
             return out.copy_(x)
         return torch.add(x, residual, alpha=self.decay, out=out)
 
+    def addend(self, x: Tensor, key: str) -> Tensor | None:
+        """What :meth:`compensate` adds to ``x``, not to be written to; None where a fused path must not: there is
+        nothing, it decays, or its memory or that of ``x`` has gaps."""
+        residual = self._residuals.get_like(key, x, "residual")
+        if residual is None or self.decay != 1:
+            return None
+        return residual if residual.is_contiguous() and x.is_contiguous() else None
+
     def compensate_(self, x: Tensor, key: str) -> Tensor:
         """:meth:`compensate` in the memory of ``x``, which is the caller's own and of the work dtype."""
         residual = self._residuals.get_like(key, x, "residual")

@@ -49,6 +49,7 @@ from .sign_functions import (
     foreach_accumulate_signs_,
     foreach_encode_signs_,
     foreach_encode_signs_compensated_,
+    foreach_encode_signs_of_sums_,
     foreach_write_signs_,
     pack_signs,
     unpack_signs,
@@ -102,5 +103,6 @@ __all__ = [
     "foreach_accumulate_signs_",
     "foreach_encode_signs_",
     "foreach_encode_signs_compensated_",
+    "foreach_encode_signs_of_sums_",
     "foreach_write_signs_",
 ]

@@ -31,6 +31,20 @@ def check_compensation(
         _check("sent", sent, len(residuals), torch.float32, residuals[0].device)
 
 
+def check_sums(
+    sums: Sequence[Tensor], residuals: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> None:
+    """Sums are written while the others are read."""
+    check_compensation(residuals, gradients, None)
+    if len(sums) != len(gradients):
+        raise ValueError(f"sums has {len(sums)} tensors for {len(gradients)} gradients")
+    for i, (total, e, g) in enumerate(zip(sums, residuals, gradients, strict=True)):
+        _check(f"sums[{i}]", total, g.numel(), _work_dtype(g.dtype), g.device)
+        for name, x in (("residuals", e), ("gradients", g)):
+            if x.numel() and total.data_ptr() == x.data_ptr():
+                raise ValueError(f"sums[{i}] is the memory of {name}[{i}], and must have its own")
+
+
 def check_sign_output(bits: Tensor, scales: Tensor, name: str, xs: Sequence[Tensor]) -> None:
     """Room for the signs and the scales of ``xs``."""
     device = bits.device

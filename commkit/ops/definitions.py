@@ -133,6 +133,7 @@ _FOREACH_COMPENSATED = (
     "(Tensor(a!) bits, Tensor(b!) scales, Tensor(c!)[] residuals, Tensor[] gradients, float decay, "
     "Tensor? sent) -> ()"
 )
+_FOREACH_SUMS = "(Tensor(a!) bits, Tensor(b!) scales, Tensor(c!)[] sums, Tensor[] residuals, Tensor[] gradients) -> ()"
 _SUM_SIGNS = "(Tensor(a!) out, Tensor[] bits, Tensor scales) -> ()"
 _FOREACH_SUM_SIGNS = "(Tensor(a!)[] outs, Tensor[] bits, Tensor scales) -> ()"
 _SUM_BLOCKS = (
@@ -165,6 +166,7 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         _fake_in_place,
     ),
     "foreach_encode_signs_compensated_": (_FOREACH_COMPENSATED, _fake_in_place),
+    "foreach_encode_signs_of_sums_": (_FOREACH_SUMS, _fake_in_place),
     "foreach_write_signs_": (_FOREACH_SUM_SIGNS, _fake_in_place),
     "foreach_accumulate_signs_": (_FOREACH_SUM_SIGNS, _fake_in_place),
     "ternarize": ("(Tensor x, Tensor scale, int seed) -> Tensor", _fake_ternarize),

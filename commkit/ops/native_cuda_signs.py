@@ -14,6 +14,7 @@ from .native_signs import (
     accumulate_signs_,
     serves_compensation,
     serves_output,
+    serves_sums,
     write_signs_,
 )
 from .signs import places_of_signs
@@ -34,6 +35,7 @@ def _encode(
     bits: Tensor,
     mean: Tensor,
     residual: Tensor | None = None,
+    total: Tensor | None = None,
     decay: float = 1.0,
     sent: Tensor | None = None,
 ) -> None:
@@ -42,7 +44,19 @@ def _encode(
     if residual is None:
         run("ck_encode_signs", x, dtype, n, bits, mean, sums)
     else:
-        run("ck_encode_signs_compensated", x, dtype, n, residual, decay, sent, bits, mean, sums)
+        run(
+            "ck_encode_signs_compensated",
+            x,
+            dtype,
+            n,
+            residual,
+            total,
+            decay,
+            sent,
+            bits,
+            mean,
+            sums,
+        )
 
 
 def _room(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +82,7 @@ def encode_signs_compensated_(
     if not serves_compensation([residual], [gradient], sent):
         return reference.encode_signs_compensated_(residual, gradient, decay, sent)
     bits, mean = _room(gradient)
-    _encode(gradient, bits, mean, residual, decay, sent)
+    _encode(gradient, bits, mean, residual, residual, decay, sent)
     return bits, mean
 
 
@@ -99,7 +113,25 @@ def foreach_encode_signs_compensated_(
         return
     places = places_of_signs(gradients)
     for i, (place, e, g) in enumerate(zip(places, residuals, gradients, strict=True)):
-        _encode(g, bits[place], scales[i], e, decay, None if sent is None else sent[i])
+        _encode(g, bits[place], scales[i], e, e, decay, None if sent is None else sent[i])
+
+
+@kernel("CUDA")
+def foreach_encode_signs_of_sums_(
+    bits: Tensor,
+    scales: Tensor,
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """float32, and gradients of bfloat16 and float16 too."""
+    if not (serves_output(bits, scales, gradients) and serves_sums(sums, residuals, gradients)):
+        reference.foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients)
+        return
+    places = places_of_signs(gradients)
+    for i, (place, *each) in enumerate(zip(places, sums, residuals, gradients, strict=True)):
+        total, e, g = each
+        _encode(g, bits[place], scales[i], e, total)
 
 
 @kernel("CUDA")

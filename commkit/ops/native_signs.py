@@ -88,18 +88,28 @@ def serves_compensation(
     )
 
 
+def serves_sums(
+    sums: Sequence[Tensor], residuals: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> bool:
+    """float32, and gradients of bfloat16 and float16 too."""
+    return serves_compensation(residuals, gradients, None) and serves_compensation(
+        sums, gradients, None
+    )
+
+
 def _encode_all(
     bits: Tensor,
     scales: Tensor,
     xs: Sequence[Tensor],
     residuals: list[Tensor] | None = None,
+    sums: list[Tensor] | None = None,
     decay: float = 1.0,
     sent: Tensor | None = None,
 ) -> None:
     dtypes = (ctypes.c_int * len(xs))(*(DTYPES[x.dtype] for x in xs))
     run(
         "ck_foreach_encode_signs",
-        *(bits, scales, list(xs), dtypes, _sizes(xs), len(xs), residuals, decay, sent),
+        *(bits, scales, list(xs), dtypes, _sizes(xs), len(xs), residuals, sums, decay, sent),
     )
 
 
@@ -124,7 +134,7 @@ def encode_signs_compensated_(
         return reference.encode_signs_compensated_(residual, gradient, decay, sent)
     bits = empty(((gradient.numel() + 7) // 8,), torch.uint8, gradient.device)
     scale = torch.empty(1)
-    _encode_all(bits, scale, [gradient], [residual], decay, sent)
+    _encode_all(bits, scale, [gradient], [residual], [residual], decay, sent)
     return bits, scale
 
 
@@ -148,9 +158,24 @@ def foreach_encode_signs_compensated_(
 ) -> None:
     """float32, and gradients of bfloat16 and float16 too. The means are those of encode_signs."""
     if serves_output(bits, scales, gradients) and serves_compensation(residuals, gradients, sent):
-        _encode_all(bits, scales, gradients, list(residuals), decay, sent)
+        _encode_all(bits, scales, gradients, list(residuals), list(residuals), decay, sent)
     else:
         reference.foreach_encode_signs_compensated_(bits, scales, residuals, gradients, decay, sent)
+
+
+@kernel()
+def foreach_encode_signs_of_sums_(
+    bits: Tensor,
+    scales: Tensor,
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """float32, and gradients of bfloat16 and float16 too. The means are those of encode_signs."""
+    if serves_output(bits, scales, gradients) and serves_sums(sums, residuals, gradients):
+        _encode_all(bits, scales, gradients, list(residuals), list(sums))
+    else:
+        reference.foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients)
 
 
 def _foreach_sum_signs(

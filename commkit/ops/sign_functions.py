@@ -14,6 +14,7 @@ from .checks import (
     check_foreach_sign_rows,
     check_sign_output,
     check_sign_rows,
+    check_sums,
 )
 
 _ops = torch.ops.commkit
@@ -130,6 +131,30 @@ def foreach_encode_signs_compensated_(
     _ops.foreach_encode_signs_compensated_(
         bits, scales, list(residuals), list(gradients), decay, sent
     )
+
+
+def foreach_encode_signs_of_sums_(
+    bits: Tensor,
+    scales: Tensor,
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """Error feedback that can be undone: ``sums[i] = residuals[i] + gradients[i]``, as ``torch.add`` rounds it, and
+    :func:`encode_signs` of the sum, in one pass that leaves residuals as they were.
+
+    Args:
+        bits, scales: as for :func:`foreach_encode_signs_`.
+        sums: (n_i,) contiguous, of the dtype of the residual, written over. No two share memory, nor with what
+            is read.
+        residuals, gradients: as for :func:`foreach_encode_signs_compensated_`, only read.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, size or device; the message names the argument.
+    """
+    check_sign_output(bits, scales, "gradients", gradients)
+    check_sums(sums, residuals, gradients)
+    _ops.foreach_encode_signs_of_sums_(bits, scales, list(sums), list(residuals), list(gradients))
 
 
 def foreach_write_signs_(outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor) -> None:

@@ -100,6 +100,19 @@ def foreach_encode_signs_compensated_(
         scales[i : i + 1].copy_(scale)
 
 
+def foreach_encode_signs_of_sums_(
+    bits: Tensor,
+    scales: Tensor,
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """``sums[i] = residuals[i] + gradients[i]``, and :func:`encode_signs` of it."""
+    for total, e, g in zip(sums, residuals, gradients, strict=True):
+        torch.add(e, g, out=total)
+    foreach_encode_signs_(bits, scales, sums)
+
+
 def foreach_write_signs_(outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor) -> None:
     """:func:`write_signs_` to each tensor."""
     for i, (place, out) in enumerate(zip(places_of_signs(outs), outs, strict=True)):

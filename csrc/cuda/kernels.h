@@ -9,7 +9,7 @@
 #include "../kernels.h"
 
 // Bumped with every change of a signature below.
-constexpr int kCudaInterface = 3;
+constexpr int kCudaInterface = 4;
 
 // Rows that one call of a sum takes.
 constexpr int kMaxRows = 128;
@@ -25,12 +25,12 @@ COMMKIT_API int64_t ck_cuda_encode_signs_workspace(int64_t n);
 COMMKIT_API int ck_cuda_encode_signs(const void *x, int dtype, int64_t n, uint8_t *bits,
                                      float *mean, void *workspace, void *stream);
 
-// The same of residual = (residual less its sign times *sent, which may be null) * decay + g, written
-// back. The mean is wanted.
+// The same of sum = (residual less its sign times *sent, which may be null) * decay + g, which is
+// written; it may be residual. The mean is wanted.
 COMMKIT_API int ck_cuda_encode_signs_compensated(const void *g, int dtype, int64_t n,
-                                                 float *residual, float decay, const float *sent,
-                                                 uint8_t *bits, float *mean, void *workspace,
-                                                 void *stream);
+                                                 const float *residual, float *sum, float decay,
+                                                 const float *sent, uint8_t *bits, float *mean,
+                                                 void *workspace, void *stream);
 
 COMMKIT_API int ck_cuda_sum_signs(float *out, int64_t n, const uint8_t *const *bits,
                                   const float *scales, int rows, int accumulate, void *stream);

@@ -11,7 +11,8 @@ struct Rows {
 
 // Error feedback; without a residual there is none.
 struct Feedback {
-  float *residual;
+  const float *residual;
+  float *sum; // may be residual
   float decay;
   const float *sent; // may be null
 };
@@ -27,7 +28,7 @@ GPU_INLINE void compensate_tile(const Feedback &feedback, int64_t n, int64_t til
     for (int k = 0; k < 4; ++k)
       if (kWhole || quad_begin(tile, u) + k < n)
         v[u][k] = loops::compensated(residual[u][k], v[u][k], feedback.decay, sent);
-  store_tile<kWhole>(feedback.residual, n, tile, v, false);
+  store_tile<kWhole>(feedback.sum, n, tile, v, false);
 }
 
 template <bool kWhole, class T>
@@ -155,7 +156,7 @@ int encode_all(const void *x, int dtype, int64_t n, const Feedback &feedback, ui
     const int code = with_dtype(x, dtype, [&](auto from) -> int {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
       const bool vectors = is_aligned<4>(from) && is_aligned<4>(bits) &&
-                           is_aligned<4>(feedback.residual);
+                           is_aligned<4>(feedback.residual) && is_aligned<4>(feedback.sum);
       if (mean)
         return GPU_LAUNCH((encode<true, T>), blocks, kThreads, queue, from, n, feedback, bits,
                           vectors, sums);
@@ -175,10 +176,10 @@ int ck_cuda_encode_signs(const void *x, int dtype, int64_t n, uint8_t *bits, flo
   return encode_all(x, dtype, n, {}, bits, mean, workspace, stream);
 }
 
-int ck_cuda_encode_signs_compensated(const void *g, int dtype, int64_t n, float *residual,
-                                     float decay, const float *sent, uint8_t *bits, float *mean,
-                                     void *workspace, void *stream) {
-  return encode_all(g, dtype, n, {residual, decay, sent}, bits, mean, workspace, stream);
+int ck_cuda_encode_signs_compensated(const void *g, int dtype, int64_t n, const float *residual,
+                                     float *sum, float decay, const float *sent, uint8_t *bits,
+                                     float *mean, void *workspace, void *stream) {
+  return encode_all(g, dtype, n, {residual, sum, decay, sent}, bits, mean, workspace, stream);
 }
 
 int ck_cuda_sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *scales,

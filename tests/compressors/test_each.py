@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from commkit.compressors import BlockQuantize, Sign
-from commkit.types import Compressor, TensorCtx
+from commkit.types import CompressesSums, Compressor, TensorCtx
 
 MAKE: dict[str, Callable[[], Compressor]] = {
     "sign l1": Sign,
@@ -66,3 +66,27 @@ def test_together_is_one_by_one(
     for x, y, payload, ctx in zip(kept, one_by_one, together[0], ctxs, strict=True):
         compressor.subtract_(y, payload, ctx)
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("make", [Sign, lambda: Sign("rms")], ids=["l1", "rms"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float64,)])
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6))
+def test_sums_are_added_and_compressed(
+    make: Callable[[], Sign], dtypes: tuple[torch.dtype, ...], sizes: list[int]
+) -> None:
+    compressor = make()
+    assert isinstance(compressor, CompressesSums)
+    generator = torch.Generator().manual_seed(sum(sizes))
+    gradients = [
+        torch.randn(n, generator=generator).to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)
+    ]
+    ctxs = contexts(gradients)
+    residuals = [torch.randn(ctx.numel, generator=generator).to(ctx.work_dtype) for ctx in ctxs]
+    sums = [torch.empty_like(e) for e in residuals]
+    made = compressor.compress_sums(sums, residuals, gradients, ctxs)
+    wanted = [e + g for e, g in zip(residuals, gradients, strict=True)]
+    for total, payload, x, ctx in zip(sums, made, wanted, ctxs, strict=True):
+        assert torch.equal(total, x)
+        for a, b in zip(payload, compressor.compress(x, ctx), strict=True):
+            assert torch.equal(a, b)

@@ -82,22 +82,26 @@ def parts(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def foreach_encoded(
-    n: int, dtype: torch.dtype, sent: bool | None
+    n: int, dtype: torch.dtype, sent: bool | None, apart: bool = False
 ) -> Callable[[Any], tuple[torch.Tensor, ...]]:
-    """The bits of many tensors, and their residuals if ``sent`` says whether that is given."""
+    """The bits of many tensors, and their residuals if ``sent`` says whether that is given; ``apart`` leaves
+    residuals as they are, and the sums are elsewhere."""
 
     def call(module: Any) -> tuple[torch.Tensor, ...]:
         residual = finite(n, torch.promote_types(dtype, torch.float32)).flip(0) * 3
         xs, residuals = parts(finite(n, dtype)), parts(residual)
         bits = torch.full((sum(-(-x.numel() // 8) for x in xs),), 77, dtype=torch.uint8)
         scales = torch.full((len(xs),), torch.nan)
+        sums = torch.full_like(residual, 7)
         if sent is None:
             module.foreach_encode_signs_(bits, scales, xs)
+        elif apart:
+            module.foreach_encode_signs_of_sums_(bits, scales, parts(sums), residuals, xs)
         else:
             own = torch.arange(len(xs)) * 0.3 if sent else None
             module.foreach_encode_signs_compensated_(bits, scales, residuals, xs, 0.9, own)
         assert not scales.isnan().any()
-        return bits, residual
+        return bits, residual, sums
 
     return call
 
@@ -224,12 +228,13 @@ EXACT: dict[str, Callable[[int], Callable[[Any], Result]]] = {
         for decay, sent in ((1.0, None), (0.9, 0.7))
     },
     **{
-        f"{name} {dtype}": lambda n, d=dtype, s=sent: foreach_encoded(n, d, s)
+        f"{name} {dtype}": lambda n, d=dtype, s=sent, a=apart: foreach_encoded(n, d, s, a)
         for dtype in DTYPES
-        for name, sent in (
-            ("foreach_encode_signs_", None),
-            ("foreach_encode_signs_compensated_", False),
-            ("foreach_encode_signs_compensated_ after", True),
+        for name, sent, apart in (
+            ("foreach_encode_signs_", None, False),
+            ("foreach_encode_signs_compensated_", False, False),
+            ("foreach_encode_signs_compensated_ after", True, False),
+            ("foreach_encode_signs_of_sums_", False, True),
         )
     },
     **{

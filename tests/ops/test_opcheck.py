@@ -52,6 +52,12 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (torch.zeros(4, dtype=torch.uint8), torch.zeros(2), *TWO, 0.9, sent)
         for sent in (None, FLOATS[:2])
     ],
+    "foreach_encode_signs_of_sums_": [
+        (
+            *(torch.zeros(4, dtype=torch.uint8), torch.zeros(2)),
+            *([torch.zeros(9), torch.zeros(12)], *TWO),
+        )
+    ],
     **{
         name: [
             ([torch.ones(9, dtype=dtype), torch.ones(12, dtype=dtype)], [FOUR_BYTES] * rows, scales)

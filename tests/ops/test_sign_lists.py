@@ -134,6 +134,24 @@ def test_a_list_with_feedback_is_each_of_its_pairs(
     assert torch.equal(scales, torch.cat([s for _, s in single]))
 
 
+@every_way
+@every_dtype
+def test_sums_are_add_and_encode_and_leave_what_is_added(
+    dtype: torch.dtype, level: str, threads: int
+) -> None:
+    gradients, residuals, (bits, scales) = tensors(4, dtype), tensors(5, work(dtype)), room()
+    copies = [x.clone() for x in (*gradients, *residuals)]
+    sums = [torch.full_like(e, 7) for e in residuals]
+    with running_at(level, threads):
+        ops.foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients)
+        wanted = [torch.add(e, g) for e, g in zip(residuals, gradients, strict=True)]
+        single = [ops.encode_signs(x) for x in wanted]
+    assert all(map(same, sums, wanted))
+    assert all(map(same, (*gradients, *residuals), copies))
+    assert torch.equal(bits, torch.cat([b for b, _ in single]))
+    assert same(scales, torch.cat([s for _, s in single]))
+
+
 def test_dtypes_of_a_list_may_differ() -> None:
     xs = [x.to(dtype) for x, dtype in zip(finite(6), DTYPES[:3] * 4, strict=False)]
     residuals, (bits, scales), (both, sizes) = [x.float() * 0 for x in xs], room(), room()
@@ -169,6 +187,7 @@ def test_an_empty_list_is_fine() -> None:
     bits, scales = torch.empty(0, dtype=torch.uint8), torch.empty(0)
     ops.foreach_encode_signs_(bits, scales, [])
     ops.foreach_encode_signs_compensated_(bits, scales, [], [])
+    ops.foreach_encode_signs_of_sums_(bits, scales, [], [], [])
     ops.foreach_write_signs_([], [bits], torch.empty(1, 0))
 
 
@@ -181,6 +200,11 @@ def test_strided_memory_is_served_too() -> None:
     assert bool((memory[1::2] == 1).all())
     assert torch.equal(bits, wanted)
     assert torch.allclose(scale, size, rtol=1e-6)
+    sums = torch.ones(200)
+    ops.foreach_encode_signs_of_sums_(bits, scale, [sums[::2]], [memory[::2]], [gradient])
+    assert torch.equal(sums[::2], dense + gradient)
+    assert bool((sums[1::2] == 1).all())
+    bits, scale = wanted, size
     ops.foreach_accumulate_signs_([memory[::2]], [bits], -scale.view(1, 1))
     ops.accumulate_signs_(dense, [bits], -scale)
     assert torch.equal(memory[::2], dense)
@@ -192,6 +216,12 @@ TWICE: dict[str, Any] = {"bits": BITS.repeat(2), "scales": torch.ones(2)}
 COMPENSATED: dict[str, Any] = {"residual": torch.ones(9), "gradient": X}
 ENCODED: dict[str, Any] = {**TWICE, "xs": [X, X]}
 BOTH: dict[str, Any] = {**TWICE, "residuals": [torch.ones(9), torch.ones(9)], "gradients": [X, X]}
+OTHER = torch.ones(9)
+ADDED: dict[str, Any] = {
+    **BOTH,
+    "residuals": [OTHER, OTHER],
+    "sums": [torch.ones(9), torch.ones(9)],
+}
 SUMMED: dict[str, Any] = {
     "outs": [torch.ones(9), torch.ones(9)],
     "bits": [BITS.repeat(2)],
@@ -247,6 +277,16 @@ WRONG = [
         {"residuals": [X * 2, X]},
         ValueError,
         r"residual\[1\] is the memory",
+    ),
+    ("foreach_encode_signs_of_sums_", ADDED, {"sums": [X * 2]}, ValueError, "sums has 1"),
+    *(
+        ("foreach_encode_signs_of_sums_", ADDED, {"sums": [X * 2, bad]}, error, words)
+        for bad, error, words in (
+            (X, ValueError, r"sums\[1\] is the memory of gradients\[1\]"),
+            (OTHER, ValueError, r"sums\[1\] is the memory of residuals\[1\]"),
+            (X.double(), TypeError, r"sums\[1\] is of"),
+            (torch.ones(8), ValueError, r"sums\[1\] has shape"),
+        )
     ),
     ("foreach_encode_signs_compensated_", BOTH, {"sent": ONE}, ValueError, "sent has shape"),
     *(
