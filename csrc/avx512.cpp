@@ -1,5 +1,5 @@
-// What gains from AVX-512 (F, BW, DQ, VL): the integer products of the noise. The rest is bound by
-// memory and stays with AVX2.
+// What gains from AVX-512 (F, BW, DQ, VL): the integer products of the noise, and sums of many rows of
+// signs, whose bits are masks as they are. The rest is bound by memory and stays with AVX2.
 #include "table.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -77,9 +77,46 @@ COMMKIT_TARGET void ternarize(const float *x, int64_t n, float divisor, const ui
   loops::ternarize(x, n, divisor, keys, first, codes);
 }
 
+template <bool kAccumulate>
+COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bits,
+                                 const float *scales, int rows) {
+  constexpr int kRegisters = 8;
+  constexpr int64_t kWidth = 16 * kRegisters;
+  const __m512 minus_zero = _mm512_set1_ps(-0.0f); // what changes nothing, not even a zero's sign
+  const int64_t whole = n - n % kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) {
+    __m512 sums[kRegisters];
+    for (__m512 &sum : sums)
+      sum = minus_zero;
+    for (int r = 0; r < rows; ++r) {
+      const uint8_t *at = bits[r] + i / 8;
+      const __m512 plus = _mm512_set1_ps(scales[r]), minus = _mm512_xor_ps(plus, minus_zero);
+      for (int j = 0; j < kRegisters; ++j) {
+        uint16_t mask;
+        __builtin_memcpy(&mask, at + 2 * j, sizeof mask);
+        sums[j] = _mm512_add_ps(sums[j], _mm512_mask_blend_ps(mask, minus, plus));
+      }
+    }
+    for (int j = 0; j < kRegisters; ++j) {
+      float *to = out + i + 16 * j;
+      _mm512_storeu_ps(to, kAccumulate ? _mm512_add_ps(_mm512_loadu_ps(to), sums[j]) : sums[j]);
+    }
+  }
+  loops::sum_signs(out, whole, n, bits, scales, rows, kAccumulate);
+}
+
+COMMKIT_TARGET void sum_signs(float *out, int64_t n, const uint8_t *const *bits,
+                              const float *scales, int rows, bool accumulate) {
+  if (accumulate)
+    sum_signs_as<true>(out, n, bits, scales, rows);
+  else
+    sum_signs_as<false>(out, n, bits, scales, rows);
+}
+
 Table make(const Table &avx2) {
   Table t = avx2;
   t.name = "avx512";
+  t.sum_signs = sum_signs;
   t.round_randomly = round_randomly;
   t.round_e3m0 = round_e3m0;
   t.noise = noise;
