@@ -22,6 +22,7 @@ from report import Target, environment, table, target_rows, write_json
 
 PROGRAMS = (
     "kernels",
+    "hook_time",
     "bytes",
     "many_buckets",
     "memory",
