@@ -51,7 +51,12 @@ class Ran:
     calls: tuple[Call, ...]
 
 
-def run_steps(made: Reducer | OptimizerScheme, gradients: Mapping[str, Tensor], comm: Comm) -> Ran:
+def run_steps(
+    made: Reducer | OptimizerScheme,
+    gradients: Mapping[str, Tensor],
+    comm: Comm,
+    steps: int = STEPS,
+) -> Ran:
     """Reduce ``gradients``, by parameter name, and step an optimizer that communicates."""
     device = next(iter(gradients.values())).device
     weights = {name: nn.Parameter(torch.zeros_like(g)) for name, g in gradients.items()}
@@ -61,7 +66,7 @@ def run_steps(made: Reducer | OptimizerScheme, gradients: Mapping[str, Tensor], 
     if optimizer is not None:
         optimizer.bind(weights, comm)
         optimizer.set_up()
-    for _ in range(STEPS):
+    for _ in range(steps):
         mark = _Mark(comm, device)
         reduced = reducer.reduce({name: g.clone() for name, g in gradients.items()}, comm)
         for name, x in reduced.items():
