@@ -17,7 +17,7 @@ from commkit.cost.collectives import hops
 from commkit.cost.pace import Pace
 from commkit.cost.predict import Workload, bucket_shares, predict, smallest_sync_every
 from commkit.cost.rounds import round_of
-from commkit.cost.run import run_steps
+from commkit.cost.run import MEASURED_WITH, run_steps
 from commkit.cost.scenario import Scenario, load_scenario
 from commkit.cost.shapes import shapes_of, transformer
 from commkit.cost.simulate import Stage, simulate
@@ -25,7 +25,7 @@ from commkit.cost.traffic import NoLawError, law_of
 from commkit.cost.units import parse_bandwidth, parse_bytes, parse_count, parse_seconds
 from commkit.schemes import make_scheme
 from commkit.sim import run_threads
-from commkit.sim.mirror import gradients_like
+from commkit.sim.mirror import MirrorComm, gradients_like
 from launch import gpt
 from launch.settings import ModelSettings
 
@@ -86,6 +86,19 @@ def test_a_law_gives_what_the_scheme_sends_on_other_ranks_and_shapes():
         counted = [ran.payload_bytes for ran in run_threads(rank, 8)]
         sent = law_of(name).sent(shapes_of(sides), 8)
         assert sum(one.payload for one in sent) == pytest.approx(sum(counted) / 8, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["sign", "topk", "powersgd", "onebit_adam", "dgc", "demo"])
+def test_a_later_step_is_like_the_second(name):
+    """Times are taken of one, and bytes of the other."""
+    gradients = gradients_like({"a": torch.Size((64, 96)), "b": torch.Size((70, 50))}, seed=0)
+    second, later = (
+        run_steps(make_scheme(name, MEASURED_WITH.get(name, {})), gradients, MirrorComm(2), steps)
+        for steps in (2, 6)
+    )
+    assert later.payload_bytes == second.payload_bytes
+    assert later.rounds == second.rounds
+    assert later.state_bytes == second.state_bytes
 
 
 def test_a_scheme_with_a_coordinator_has_no_law():
