@@ -323,7 +323,8 @@ class AddsResiduals(Protocol):
         comm: Comm,
     ) -> list[Aggregated]:
         """:meth:`Aggregator.aggregate` of ``sums``, contiguous and of the work dtype; where there are ``addends``,
-        residual and gradient, their sum is written there first."""
+        residual and gradient, their sum is written there first. It is called in the place of ``aggregate``: a
+        subclass that changes one has to change both."""
 
 
 @runtime_checkable

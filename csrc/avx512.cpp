@@ -1,5 +1,5 @@
-// What gains from AVX-512 (F, BW, DQ, VL): the integer products of the noise, and sums of many rows of
-// signs, whose bits are masks as they are. The rest is bound by memory and stays with AVX2.
+// What gains from AVX-512 (F, BW, DQ, VL): the integer products of the noise, and sums of many rows
+// of signs, whose bits are masks as they are. The rest is bound by memory and stays with AVX2.
 #include "table.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

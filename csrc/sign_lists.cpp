@@ -14,7 +14,8 @@ namespace {
 // The chunks of all tensors, one after another.
 class Chunks {
 public:
-  Chunks(const int64_t *sizes, int64_t count) : sizes_(sizes), chunks_(count + 1), bytes_(count + 1) {
+  Chunks(const int64_t *sizes, int64_t count)
+      : sizes_(sizes), chunks_(count + 1), bytes_(count + 1) {
     for (int64_t i = 0; i < count; ++i) {
       chunks_[i + 1] = chunks_[i] + (sizes[i] + kChunk - 1) / kChunk;
       bytes_[i + 1] = bytes_[i] + (sizes[i] + 7) / 8;
@@ -66,8 +67,9 @@ void ck_foreach_encode_signs(uint8_t *bits, float *scales, const void *const *xs
     Input(xs[i], dtypes[i], t).each(begin, end, [&](const float *piece, int64_t at, int64_t n) {
       uint8_t *to = bits + byte + (at - begin) / 8;
       l1[chunks.first(i) + at / kChunk] =
-          residuals ? t.compensate_and_encode(residuals[i] + at, piece, sums[i] + at, n, decay, taken, to)
-                    : t.encode_signs(piece, n, to);
+          residuals
+              ? t.compensate_and_encode(residuals[i] + at, piece, sums[i] + at, n, decay, taken, to)
+              : t.encode_signs(piece, n, to);
     });
   });
   for (int64_t i = 0; i < count; ++i) {

@@ -59,7 +59,9 @@ def compensate(
 
 
 def _adds(aggregator: Aggregator | None) -> TypeGuard[AddsResiduals]:
-    return isinstance(aggregator, AddsResiduals) and aggregator.adds_residuals
+    # Of its class: one that only passes on what it does not know would be left out by a call of another name.
+    known = hasattr(type(aggregator), "aggregate_sums")
+    return known and bool(getattr(aggregator, "adds_residuals", False))
 
 
 def aggregate(

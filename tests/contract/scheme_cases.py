@@ -207,7 +207,14 @@ class Recorder:
         self.sent: Tensors = {}
 
     def aggregate(self, xs: Any, ctxs: list[TensorCtx], comm: Comm) -> list[Aggregated]:
-        outcomes: list[Aggregated] = self.inner.aggregate(xs, ctxs, comm)
+        return self._noted(ctxs, self.inner.aggregate(xs, ctxs, comm))
+
+    def aggregate_sums(
+        self, sums: Any, addends: Any, ctxs: list[TensorCtx], comm: Comm
+    ) -> list[Aggregated]:
+        return self._noted(ctxs, self.inner.aggregate_sums(sums, addends, ctxs, comm))
+
+    def _noted(self, ctxs: list[TensorCtx], outcomes: list[Aggregated]) -> list[Aggregated]:
         self.sent = {c.key: o.sent.clone() for c, o in zip(ctxs, outcomes, strict=True)}
         return outcomes
 

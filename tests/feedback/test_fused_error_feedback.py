@@ -74,6 +74,29 @@ def test_fused_is_the_parts_one_by_one(
                 assert torch.equal(x.nan_to_num(7), other[key].nan_to_num(7)), (rank, step, key)
 
 
+def test_what_passes_calls_on_is_not_left_out() -> None:
+    class Proxy:
+        def __init__(self) -> None:
+            self.inner, self.calls = TwoShot(Sign(), ErrorFeedback()), 0
+
+        def aggregate(self, *args: Any) -> Any:
+            self.calls += 1
+            return self.inner.aggregate(*args)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    def work(comm: ThreadComm) -> int:
+        proxy = Proxy()
+        reducer = Reducer(proxy, ErrorFeedback(), Policy(min_numel=0))
+        for step in range(3):
+            reducer.reduce(gradients(step, comm, torch.float32), comm)
+            reducer.end_step()
+        return proxy.calls
+
+    assert run_threads(work, 1) == [3]
+
+
 @pytest.mark.parametrize(("decay", "expected"), [(1.0, STEPS - 1), (0.9, 0)])
 def test_the_fused_path_is_taken(
     decay: float, expected: int, monkeypatch: pytest.MonkeyPatch
