@@ -59,10 +59,6 @@ SKIPPED = {
 # Why cells lie outside.
 MISSES = {
     (
-        "grid_2_nodes_50mbit",
-        "int8 and sign (and int8 at 200 Mbit/s)",
-    ): "measured before all-to-all went both ways at once: gloo's own took up to twice the time of the link",
-    (
         "local_updates_4_nodes_50mbit",
         "co2 and streaming",
     ): "four ranks share two cores, and those of local updates are never all in the same phase, so that they compute faster than "
