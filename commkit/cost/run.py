@@ -67,20 +67,21 @@ def run_steps(
         optimizer.bind(weights, comm)
         optimizer.set_up()
     for _ in range(steps):
+        own = {name: g.clone() for name, g in gradients.items()}  # it is overwritten
         mark = _Mark(comm, device)
-        reduced = reducer.reduce({name: g.clone() for name, g in gradients.items()}, comm)
+        reduced = reducer.reduce(own, comm)
         for name, x in reduced.items():
             weights[name].grad = x
         reducer.end_step()
         if optimizer is not None:
             optimizer.step()
-        ran = mark.ended
+        mark.stop()
     kept = [x for key, x in reducer.state_dict().items() if not key.startswith(f"{SHARED}/")]
     if optimizer is not None:
         for weight in weights.values():
             state = optimizer.state[weight].values()
             kept += [x for x in state if isinstance(x, Tensor) and x.ndim]
-    return ran(kept)
+    return mark.ended(kept)
 
 
 def run_rounds(
@@ -105,6 +106,7 @@ def run_rounds(
                 # Some methods evaluate a batch again.
                 optimizer.step(lambda: 0.0)
         outer.state_dict()
+        mark.stop()
         return mark.ended(list(outer.kept_tensors()))
 
 
@@ -124,6 +126,7 @@ def run_sharded(
             gather_into(out, row, segments, codec, comm, step=0)
     if exchange is not None:
         exchange.mean_into(row, torch.randn_like(out), segments, step=0)
+    mark.stop()
     return mark.ended([])
 
 
@@ -136,18 +139,23 @@ class _Mark:
         self._before = comm.bytes.copy()
         self._calls: list[Call] = comm.calls if isinstance(comm, MirrorComm) else []
         self._first = len(self._calls)
-        self._start = time.perf_counter()
+        self._after = self._before
+        self._start = self._end = time.perf_counter()
+
+    def stop(self) -> None:
+        """It ends here."""
+        settle(self._device)
+        self._after, self._end = self._comm.bytes.copy(), time.perf_counter()
 
     def ended(self, kept: list[Tensor]) -> Ran:
-        """Up to now; ``kept`` is the state."""
-        settle(self._device)
-        now, then = self._comm.bytes, self._before
+        """Up to where it stopped; ``kept`` is the state."""
+        now, then = self._after, self._before
         return Ran(
             now.payload_bytes - then.payload_bytes,
             now.wire_bytes - then.wire_bytes,
             now.rounds - then.rounds,
             sum(x.numel() * x.element_size() for x in kept),
-            time.perf_counter() - self._start - (now.seconds - then.seconds),
+            self._end - self._start - (now.seconds - then.seconds),
             tuple(self._calls[self._first :]),
         )
 
