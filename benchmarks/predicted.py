@@ -3,8 +3,8 @@
 What a step takes to compute is the measured step of ``noop`` in the same comparison; the rate is the link's nominal one.
 Latency, what collectives and compression take, and the processor time of sending come from probes that were made in labs
 of as many nodes (``results/probes/N_nodes.json``, written by ``commkit probe``; for the grid of nodes and rates and what was
-compared along with it, of the same machine and day, ``results/probes/grid``); since a machine's other load differs from day to day, processor times are
-multiplied by the comparison's ``noop`` step over the probe's. Nothing is fitted to a cell.
+compared along with it, of the same machine and day, ``results/probes/grid``); since a machine's other load differs from day
+to day, processor times are multiplied by the comparison's ``noop`` step over the probe's. Nothing is fitted to a cell.
 
     python benchmarks/predicted.py [--probes DIR] [--json FILE]
 """
@@ -52,11 +52,8 @@ PROBED_BATCH = 4
 FEWEST = 6  # steps of which a median means something
 FEWEST_SLOW = 2  # where all are alike, as plain DDP's are that wait for the link
 GRID = "grid"
-ALONGSIDE = (
-    GRID,
-    "sign_2_nodes",
-    "systems_4_nodes",
-)  # comparisons of the machine and the day of its probes
+# Comparisons of the machine and the day of the grid's probes.
+ALONGSIDE = (GRID, "sign_2_nodes", "systems_4_nodes")
 SKIPPED = {
     "torch_powersgd": "torch's own hook",
     "torch:powersgd": "torch's own hook",

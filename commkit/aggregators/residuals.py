@@ -120,11 +120,12 @@ def compress_own(
     """``compress_each`` of ``xs``, contiguous and of the work dtype, of which those that are ``used`` become what
     ``feedback.compensate`` makes of them, in their own memory."""
     addends: list[tuple[Tensor, Tensor] | None] = [None] * len(xs)
+    fused = isinstance(compressor, CompressesSums)
     for i in used:
         x, key = xs[i], ctxs[i].key
         if isinstance(feedback, ErrorFeedback):
-            residual = feedback.addend(x, key)
-            if residual is not None and isinstance(compressor, CompressesSums):
+            residual = feedback.addend(x, key) if fused else None
+            if residual is not None:
                 addends[i] = x, residual
             else:
                 feedback.compensate_(x, key)

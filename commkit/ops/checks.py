@@ -25,8 +25,7 @@ def check_compensation(
         n = gradient.numel()
         check_floats("gradient" + place, gradient)
         _check("residual" + place, residual, n, _work_dtype(gradient.dtype), gradient.device)
-        if n and residual.data_ptr() == gradient.data_ptr():
-            raise ValueError(f"residual{place} is the memory of gradient, and must have its own")
+        _check_apart("residual" + place, residual, {"gradient": gradient})
     if sent is not None and residuals:
         _check("sent", sent, len(residuals), torch.float32, residuals[0].device)
 
@@ -40,9 +39,7 @@ def check_sums(
         raise ValueError(f"sums has {len(sums)} tensors for {len(gradients)} gradients")
     for i, (total, e, g) in enumerate(zip(sums, residuals, gradients, strict=True)):
         _check(f"sums[{i}]", total, g.numel(), _work_dtype(g.dtype), g.device)
-        for name, x in (("residuals", e), ("gradients", g)):
-            if x.numel() and total.data_ptr() == x.data_ptr():
-                raise ValueError(f"sums[{i}] is the memory of {name}[{i}], and must have its own")
+        _check_apart(f"sums[{i}]", total, {f"residuals[{i}]": e, f"gradients[{i}]": g})
 
 
 def check_sign_output(bits: Tensor, scales: Tensor, name: str, xs: Sequence[Tensor]) -> None:
@@ -72,6 +69,12 @@ def check_foreach_sign_rows(outs: Sequence[Tensor], bits: Sequence[Tensor], scal
         raise ValueError(
             f"scales has shape {tuple(scales.shape)} and must have {(len(bits), len(outs))}"
         )
+
+
+def _check_apart(name: str, written: Tensor, read: Mapping[str, Tensor | None]) -> None:
+    for other, x in read.items():
+        if x is not None and written.numel() and written.data_ptr() == x.data_ptr():
+            raise ValueError(f"{name} is the memory of {other}, and must have its own")
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -134,9 +137,7 @@ def check_correction(
     check_alike("g", g, given)
     read = {"g": g, "velocity": velocity, "unsent": unsent}
     for name, x in (("u", u), ("v", v)):
-        for other, y in (read if name == "v" else {"v": v, **read}).items():
-            if y is not None and x.numel() and x.data_ptr() == y.data_ptr():
-                raise ValueError(f"{name} is the memory of {other}, and must have its own")
+        _check_apart(name, x, read if name == "v" else {"v": v, **read})
 
 
 def check_tiles(

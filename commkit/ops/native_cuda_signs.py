@@ -46,16 +46,7 @@ def _encode(
     else:
         run(
             "ck_encode_signs_compensated",
-            x,
-            dtype,
-            n,
-            residual,
-            total,
-            decay,
-            sent,
-            bits,
-            mean,
-            sums,
+            *(x, dtype, n, residual, total, decay, sent, bits, mean, sums),
         )
 
 
