@@ -29,7 +29,6 @@ Arm = Callable[[], object]
 
 TARGETS = {
     "sign pack + error feedback": 1.2,
-    "sign pack + error feedback, one pass": 1.2,
     f"unpack-accumulate of {PEERS} peers": 0.9,
     "int8 quantise": 0.75,
     "int8 quantise, stochastic": 0.75,
@@ -45,16 +44,26 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
     bits, scale = ops.encode_signs(x)
     scales = scale.repeat(PEERS)
 
-    residual, late = torch.zeros(n), torch.zeros(n)
-    owed = [torch.zeros(1)]
+    residual, late, other = torch.zeros(n), torch.zeros(n), torch.zeros(n)
+    both = [late, other]
+    own, size = torch.zeros_like(bits), torch.ones(1)
+    rows, row_scales = [bits] * PEERS, scales.view(PEERS, 1)
 
+    # As error feedback does it: what was sent is taken on the way of the next step, which leaves the residual as it
+    # was, in case that the step is given up.
     def sign_step() -> None:
-        packed, size = module.encode_signs_compensated_(residual, x, 1.0, None)
-        module.accumulate_signs_(residual, [packed], -size)
+        module.foreach_encode_signs_of_sums_(own, size, [both[0]], [both[1]], [x], size.clone())
+        both.reverse()
 
-    # What was sent is taken from the residual on the way of the next step.
-    def sign_step_in_one_pass() -> None:
-        _, owed[0] = module.encode_signs_compensated_(late, x, 1.0, owed[0])
+    def sign_step_at_server() -> None:
+        module.foreach_reencode_signs_(
+            own, size, [both[0]], [both[1]], size.clone(), rows, row_scales
+        )
+        both.reverse()
+
+    def sign_step_in_two_passes() -> None:
+        packed, sent = module.encode_signs_compensated_(residual, x, 1.0, None)
+        module.accumulate_signs_(residual, [packed], -sent)
 
     many = x.tensor_split(TENSORS)
     all_bits = torch.zeros(sum((part.numel() + 7) // 8 for part in many), dtype=torch.uint8)
@@ -96,7 +105,8 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
             all_bits, all_scales, many
         ),
         "sign pack + error feedback": sign_step,
-        "sign pack + error feedback, one pass": sign_step_in_one_pass,
+        "sign pack + error feedback, two passes": sign_step_in_two_passes,
+        f"unpack {PEERS} peers, pack + error feedback": sign_step_at_server,
         "sign write": lambda: module.write_signs_(out, [bits], scale),
         "sign accumulate": lambda: module.accumulate_signs_(out, [bits], scale),
         f"unpack-accumulate of {PEERS} peers": lambda: module.accumulate_signs_(

@@ -162,22 +162,6 @@ class Compressor(ABC):
 
 
 @runtime_checkable
-class CompressesSums(Protocol):
-    """A compressor with a fused path for error feedback, which gives the bits of the parts one by one."""
-
-    def compress_sums(
-        self,
-        sums: Sequence[Tensor],
-        residuals: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        ctxs: Sequence[TensorCtx],
-        salt: int = 0,
-    ) -> list[Payload]:
-        """``sums[i] = residuals[i] + gradients[i]``, ``(ctx.numel,)`` contiguous and of the work dtype, and
-        ``compress_each`` of the sums, which may all be the very tensors in ``residuals``."""
-
-
-@runtime_checkable
 class CorrectsMomentum(Protocol):
     """A compressor with a fused path for momentum correction, which gives the bits of the parts one by one."""
 
@@ -305,26 +289,6 @@ class Aggregator(Protocol):
     def state_dict(self) -> StateDict: ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-@runtime_checkable
-class AddsResiduals(Protocol):
-    """An aggregator with a fused path for error feedback, which gives the bits of the parts one by one."""
-
-    @property
-    def adds_residuals(self) -> bool:
-        """Whether its compressor has one."""
-
-    def aggregate_sums(
-        self,
-        sums: Sequence[Tensor],
-        addends: Sequence[tuple[Tensor, Tensor] | None],
-        ctxs: Sequence[TensorCtx],
-        comm: Comm,
-    ) -> list[Aggregated]:
-        """:meth:`Aggregator.aggregate` of ``sums``, contiguous and of the work dtype; where there are ``addends``,
-        residual and gradient, their sum is written there first. It is called in the place of ``aggregate``: a
-        subclass that changes one has to change both."""
 
 
 @runtime_checkable

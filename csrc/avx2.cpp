@@ -23,6 +23,17 @@ COMMKIT_TARGET inline __m256 magnitude(__m256 x) {
   return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
 
+COMMKIT_TARGET inline bool is_aligned(const float *x) {
+  return reinterpret_cast<uintptr_t>(x) % 32 == 0;
+}
+
+COMMKIT_TARGET inline void put(float *to, __m256 x, bool stream) {
+  if (stream)
+    _mm256_stream_ps(to, x);
+  else
+    _mm256_storeu_ps(to, x);
+}
+
 COMMKIT_TARGET void pack_signs(const float *x, int64_t n, uint8_t *bits) {
   const int64_t whole = n - n % 8;
   for (int64_t i = 0; i < whole; i += 8)
@@ -66,7 +77,9 @@ COMMKIT_TARGET double encode_signs(const float *x, int64_t n, uint8_t *bits) {
 }
 
 COMMKIT_TARGET double compensate_and_encode(const float *residual, const float *g, float *sum,
-                                            int64_t n, float decay, float sent, uint8_t *bits) {
+                                            int64_t n, float decay, float sent, bool stream,
+                                            uint8_t *bits) {
+  stream = stream && is_aligned(sum);
   Sizes sizes = {};
   const __m256 share = _mm256_set1_ps(decay), zero = _mm256_setzero_ps();
   const __m256 below = _mm256_set1_ps(sent), above = _mm256_set1_ps(-sent);
@@ -78,7 +91,7 @@ COMMKIT_TARGET double compensate_and_encode(const float *residual, const float *
       const __m256 taken = _mm256_blendv_ps(below, above, _mm256_cmp_ps(before, zero, _CMP_GE_OQ));
       const __m256 left = _mm256_mul_ps(_mm256_add_ps(before, taken), share);
       const __m256 v = _mm256_add_ps(left, _mm256_loadu_ps(g + at)); // rounded thrice, as everywhere
-      _mm256_storeu_ps(sum + at, v);
+      put(sum + at, v, stream);
       bits[at / 8] = sign_byte(v);
       sizes.add(v, half);
     }
@@ -97,7 +110,7 @@ COMMKIT_TARGET inline __m256i to_sign(__m256i word, int j) {
 
 template <bool kAccumulate>
 COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bits,
-                                 const float *scales, int rows) {
+                                 const float *scales, int rows, bool stream) {
   const int64_t whole = n - n % 32;
   for (int64_t i = 0; i < whole; i += 32) {
     __m256 sums[4] = {};
@@ -114,18 +127,19 @@ COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bi
     }
     for (int j = 0; j < 4; ++j) {
       float *to = out + i + 8 * j;
-      _mm256_storeu_ps(to, kAccumulate ? _mm256_add_ps(_mm256_loadu_ps(to), sums[j]) : sums[j]);
+      put(to, kAccumulate ? _mm256_add_ps(_mm256_loadu_ps(to), sums[j]) : sums[j], stream);
     }
   }
   loops::sum_signs(out, whole, n, bits, scales, rows, kAccumulate);
 }
 
 COMMKIT_TARGET void sum_signs(float *out, int64_t n, const uint8_t *const *bits,
-                              const float *scales, int rows, bool accumulate) {
+                              const float *scales, int rows, bool accumulate, bool stream) {
+  stream = stream && is_aligned(out);
   if (accumulate)
-    sum_signs_as<true>(out, n, bits, scales, rows);
+    sum_signs_as<true>(out, n, bits, scales, rows, stream);
   else
-    sum_signs_as<false>(out, n, bits, scales, rows);
+    sum_signs_as<false>(out, n, bits, scales, rows, stream);
 }
 
 COMMKIT_TARGET uint32_t peak(const float *x, int64_t n) {
@@ -234,17 +248,6 @@ COMMKIT_TARGET inline void correct(const float *g, const Correction &how, __m256
   if (kUnsent)
     moved = _mm256_add_ps(_mm256_loadu_ps(how.unsent + i), moved);
   *v = kNesterov ? _mm256_add_ps(moved, x) : moved;
-}
-
-COMMKIT_TARGET inline bool is_aligned(const float *x) {
-  return reinterpret_cast<uintptr_t>(x) % 32 == 0;
-}
-
-COMMKIT_TARGET inline void put(float *to, __m256 x, bool stream) {
-  if (stream)
-    _mm256_stream_ps(to, x);
-  else
-    _mm256_storeu_ps(to, x);
 }
 
 template <bool kVelocity, bool kUnsent, bool kNesterov>

@@ -79,7 +79,7 @@ COMMKIT_TARGET void ternarize(const float *x, int64_t n, float divisor, const ui
 
 template <bool kAccumulate>
 COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bits,
-                                 const float *scales, int rows) {
+                                 const float *scales, int rows, bool stream) {
   constexpr int kRegisters = 8;
   constexpr int64_t kWidth = 16 * kRegisters;
   const __m512 minus_zero = _mm512_set1_ps(-0.0f); // what changes nothing, not even a zero's sign
@@ -99,18 +99,23 @@ COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bi
     }
     for (int j = 0; j < kRegisters; ++j) {
       float *to = out + i + 16 * j;
-      _mm512_storeu_ps(to, kAccumulate ? _mm512_add_ps(_mm512_loadu_ps(to), sums[j]) : sums[j]);
+      const __m512 x = kAccumulate ? _mm512_add_ps(_mm512_loadu_ps(to), sums[j]) : sums[j];
+      if (stream)
+        _mm512_stream_ps(to, x);
+      else
+        _mm512_storeu_ps(to, x);
     }
   }
   loops::sum_signs(out, whole, n, bits, scales, rows, kAccumulate);
 }
 
 COMMKIT_TARGET void sum_signs(float *out, int64_t n, const uint8_t *const *bits,
-                              const float *scales, int rows, bool accumulate) {
+                              const float *scales, int rows, bool accumulate, bool stream) {
+  stream = stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   if (accumulate)
-    sum_signs_as<true>(out, n, bits, scales, rows);
+    sum_signs_as<true>(out, n, bits, scales, rows, stream);
   else
-    sum_signs_as<false>(out, n, bits, scales, rows);
+    sum_signs_as<false>(out, n, bits, scales, rows, stream);
 }
 
 Table make(const Table &avx2) {

@@ -12,11 +12,11 @@ double encode_signs(const float *x, int64_t n, uint8_t *bits) {
   return loops::encode_signs(x, n, bits);
 }
 double compensate_and_encode(const float *residual, const float *g, float *sum, int64_t n,
-                             float decay, float sent, uint8_t *bits) {
+                             float decay, float sent, bool, uint8_t *bits) {
   return loops::compensate_and_encode(residual, g, sum, n, decay, sent, bits);
 }
 void sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *scales, int rows,
-               bool accumulate) {
+               bool accumulate, bool) {
   loops::sum_signs(out, 0, n, bits, scales, rows, accumulate);
 }
 uint32_t peak(const float *x, int64_t n) { return loops::peak(x, n); }

@@ -13,7 +13,7 @@
 
 // Bumped with every change of a signature below: a library left over from another build is not
 // used.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 // Dtypes of inputs.
 enum CommkitDtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -53,6 +53,14 @@ COMMKIT_API void ck_foreach_encode_signs(uint8_t *bits, float *scales, const voi
 COMMKIT_API void ck_foreach_sum_signs(const float *scales, const uint8_t *const *bits, int rows,
                                       float *const *outs, const int64_t *sizes, int64_t count,
                                       int accumulate, int threads);
+
+// The same sums, which go to no memory of their own, plus residuals[i] less sent[i] as above: these
+// are sums[i], which are no residuals, and of them are bits and scales.
+COMMKIT_API void ck_foreach_reencode_signs(uint8_t *bits, float *scales, const float *row_scales,
+                                           const uint8_t *const *row_bits, int rows,
+                                           const float *const *residuals, float *const *sums,
+                                           const int64_t *sizes, int64_t count, const float *sent,
+                                           int threads);
 
 // codes: n bytes of kInt8, else (n + 1) / 2, where block_size must be even. keys: the two of the
 // noise, or null to round to nearest.

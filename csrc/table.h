@@ -40,11 +40,12 @@ struct Table {
   void (*pack_signs)(const float *x, int64_t n, uint8_t *bits);
   // The same, and the sum of |x| in 16 interleaved partial sums of float64.
   double (*encode_signs)(const float *x, int64_t n, uint8_t *bits);
-  // The same of sum = (residual less sent, towards or past zero) * decay + g; sum may be residual.
+  // The same of sum = (residual less sent, towards or past zero) * decay + g; sum may be residual, or
+  // g. stream: see correct_momentum.
   double (*compensate_and_encode)(const float *residual, const float *g, float *sum, int64_t n,
-                                  float decay, float sent, uint8_t *bits);
+                                  float decay, float sent, bool stream, uint8_t *bits);
   void (*sum_signs)(float *out, int64_t n, const uint8_t *const *bits, const float *scales,
-                    int rows, bool accumulate);
+                    int rows, bool accumulate, bool stream);
 
   // Largest |x| as the bits of a float, which order like integers: NaN is above all.
   uint32_t (*peak)(const float *x, int64_t n);

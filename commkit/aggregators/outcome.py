@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..addends import Debt, debt_of
 from ..metrics import profiler_range
 from ..ops import empty
 from ..types import Aggregated, Compressor, Payload, TensorCtx
@@ -58,6 +59,10 @@ class Decoded(Aggregated):
             return None
         starts = (part.start for part in self.parts)
         return torch.cat([places + start for places, start in zip(known, starts, strict=True)])
+
+    def debt(self) -> Debt | None:
+        """What was sent, to be taken by the next pass over the residual; None where it has to be taken now."""
+        return debt_of(self.compressor, {part.start: part.own for part in self.parts})
 
     def takes(self, x: Tensor) -> bool:
         """Whether payloads can be decoded right into ``x``, or subtracted from it."""

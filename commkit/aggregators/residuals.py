@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
 from torch import Tensor
 
+from ..addends import Addends, AddsResiduals, Debt
 from ..feedback import ErrorFeedback, MomentumCorrection, NoFeedback
 from ..ops import empty
-from ..types import (
-    AddsResiduals,
-    Aggregated,
-    Aggregator,
-    Comm,
-    CompressesSums,
-    Compressor,
-    Feedback,
-    Payload,
-    TensorCtx,
-)
+from ..types import Aggregated, Aggregator, Comm, Compressor, Feedback, Payload, TensorCtx
 from .all_gather import AllGather
-from .outcome import take_sent
-from .summing import compress_sums
+from .outcome import Decoded, take_sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +23,12 @@ class Outgoing:
     Args:
         delta: with what was left unsent before; of the fused path of momentum correction the gradient as it was.
         payload: made by that path, which has staged what it leaves unsent.
-        addends: residual and gradient, whose sum the aggregator writes to ``delta``.
+        addends: whose sum the aggregator writes to ``delta``.
     """
 
     delta: Tensor
     payload: Payload | None = None
-    addends: tuple[Tensor, Tensor] | None = None
+    addends: Addends | None = None
 
 
 def compensate(
@@ -51,10 +41,9 @@ def compensate(
         if payload is not None:
             return Outgoing(x, payload)
     if isinstance(feedback, ErrorFeedback) and _adds(aggregator):
-        residual = feedback.addend(x, ctx.key)
-        if residual is not None:
-            delta = empty(ctx.shape, ctx.work_dtype, ctx.device)
-            return Outgoing(delta, addends=(residual, x))
+        addends = feedback.addends(x, ctx.key)
+        if addends is not None:
+            return Outgoing(empty(ctx.shape, ctx.work_dtype, ctx.device), addends=addends)
     return Outgoing(feedback.compensate(x, ctx.key))
 
 
@@ -87,17 +76,26 @@ def update_feedback(
     was sent, where feedback and aggregator can."""
     if isinstance(feedback, NoFeedback):
         return
+    pairs = list(zip(outgoing, outcomes, strict=True))
     if isinstance(feedback, ErrorFeedback):
-        taken = take_sent(outcomes, [each.delta for each in outgoing])
-        for key, sent, outcome, done in zip(keys, outgoing, outcomes, taken, strict=True):
-            if done:
-                feedback.stage(key, sent.delta)
+        later = [_debt(each, outcome) for each, outcome in pairs]
+        now = [i for i, debt in enumerate(later) if debt is None]
+        taken = take_sent([outcomes[i] for i in now], [outgoing[i].delta for i in now])
+        done = dict(zip(now, taken, strict=True))
+        for i, (key, (each, outcome)) in enumerate(zip(keys, pairs, strict=True)):
+            if done.get(i, True):
+                feedback.stage(key, each.delta, later[i])
             else:
-                feedback.update(sent.delta, outcome.sent, key)
+                feedback.update(each.delta, outcome.sent, key)
         return
-    for key, sent, outcome in zip(keys, outgoing, outcomes, strict=True):
-        if sent.payload is None:
-            _update_one(feedback, sent.delta, outcome, key)
+    for key, (each, outcome) in zip(keys, pairs, strict=True):
+        if each.payload is None:
+            _update_one(feedback, each.delta, outcome, key)
+
+
+def _debt(sent: Outgoing, outcome: Aggregated) -> Debt | None:
+    # Where there was no fused path in this step, there will hardly be one in the next.
+    return outcome.debt() if sent.addends is not None and isinstance(outcome, Decoded) else None
 
 
 def _update_one(feedback: Feedback, delta: Tensor, outcome: Aggregated, key: str) -> None:
@@ -107,31 +105,6 @@ def _update_one(feedback: Feedback, delta: Tensor, outcome: Aggregated, key: str
         feedback.stage(key, delta, places)
     else:
         feedback.update(delta, outcome.sent, key)
-
-
-def compress_own(
-    feedback: Feedback,
-    compressor: Compressor,
-    xs: Sequence[Tensor],
-    used: Collection[int],
-    ctxs: Sequence[TensorCtx],
-    salt: int,
-) -> list[Payload]:
-    """``compress_each`` of ``xs``, contiguous and of the work dtype, of which those that are ``used`` become what
-    ``feedback.compensate`` makes of them, in their own memory."""
-    addends: list[tuple[Tensor, Tensor] | None] = [None] * len(xs)
-    fused = isinstance(compressor, CompressesSums)
-    for i in used:
-        x, key = xs[i], ctxs[i].key
-        if isinstance(feedback, ErrorFeedback):
-            residual = feedback.addend(x, key) if fused else None
-            if residual is not None:
-                addends[i] = x, residual
-            else:
-                feedback.compensate_(x, key)
-        elif not isinstance(feedback, NoFeedback):
-            x.copy_(feedback.compensate(x, key))
-    return compress_sums(compressor, xs, addends, ctxs, salt)
 
 
 def update_with_payloads(

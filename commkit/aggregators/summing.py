@@ -6,29 +6,31 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..types import CompressesSums, Compressor, Payload, TensorCtx
+from ..addends import AddendsPart, CompressesSums
+from ..types import Compressor, Payload, TensorCtx
 
 
 def compress_sums(
     compressor: Compressor,
     sums: Sequence[Tensor],
-    addends: Sequence[tuple[Tensor, Tensor] | None],
+    addends: Sequence[AddendsPart | None],
     ctxs: Sequence[TensorCtx],
     salt: int,
 ) -> list[Payload]:
     """``compressor.compress_each`` of ``sums``; where there are ``addends``, their sum is written there first, for
     which the compressor has to be a :class:`CompressesSums`."""
-    whole = [i for i, pair in enumerate(addends) if pair is None]
-    pairs = [(i, pair) for i, pair in enumerate(addends) if pair is not None]
+    whole = [i for i, part in enumerate(addends) if part is None]
+    parts = [(i, part) for i, part in enumerate(addends) if part is not None]
     made = compressor.compress_each([sums[i] for i in whole], [ctxs[i] for i in whole], salt)
     payloads = dict(zip(whole, made, strict=True))
-    if pairs:
+    if parts:
         assert isinstance(compressor, CompressesSums)
-        own = [i for i, _ in pairs]
+        own = [i for i, _ in parts]
         made = compressor.compress_sums(
             [sums[i] for i in own],
-            [residual for _, (residual, _) in pairs],
-            [gradient for _, (_, gradient) in pairs],
+            [part.residual for _, part in parts],
+            [part.sent for _, part in parts],
+            [part.gradient for _, part in parts],
             [ctxs[i] for i in own],
             salt,
         )

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..addends import Addends, AddendsPart, CompressesSums
 from ..feedback import NoFeedback, check_contraction
 from ..metrics import profiler_range
-from ..ops import empty
 from ..registry import register
 from ..types import (
     SHARD,
     WHOLE,
     Aggregated,
     Comm,
-    CompressesSums,
     Compressor,
     Feedback,
     Payload,
@@ -27,11 +26,9 @@ from ..types import (
 from .exchange import Exchange
 from .health import health
 from .outcome import Decoded, Part
-from .residuals import compress_own, update_with_payloads
-from .sharding import Shard, shard_key, shards_of, spans_of
+from .serving import serve
+from .sharding import Shard, by_tensor, shard_key, shards_of, spans_of
 from .summing import compress_sums
-
-_FIRST = 1024  # elements, one of which is hardly ever not zero
 
 
 @register("aggregator", "two_shot")
@@ -89,7 +86,7 @@ class TwoShot:
     def aggregate_sums(
         self,
         sums: Sequence[Tensor],
-        addends: Sequence[tuple[Tensor, Tensor] | None],
+        addends: Sequence[Addends | None],
         ctxs: Sequence[TensorCtx],
         comm: Comm,
     ) -> list[Aggregated]:
@@ -108,13 +105,17 @@ class TwoShot:
         exchange = Exchange(shards, comm)
         received = exchange.to_owners(payloads, flag)
         with profiler_range("serve"):
-            combined = self._serve(exchange.served_by(comm.rank), received, comm.rank)
+            mine = [shard.ctx for shard in exchange.served_by(comm.rank)]
+            of_each = list(zip(*received, strict=True))
+            # ~rank: rounding must be independent of the first stage's.
+            combined = serve(self.server_feedback, self.compressor, of_each, mine, ~comm.rank)
         means = exchange.to_all(
             combined, payloads, health((t for p in combined for t in p), device)
         )
-        parts: list[list[Part]] = [[] for _ in ctxs]
-        for s in shards:
-            parts[s.index].append(Part(s.start, s.ctx, [means[s]], payloads[s]))
+        parts = [
+            [Part(s.start, s.ctx, [means[s]], payloads[s]) for s in of_tensor]
+            for of_tensor in by_tensor(shards, len(ctxs))
+        ]
         return [
             Decoded(self.compressor, ctx, own, comm.world_size)
             for ctx, own in zip(ctxs, parts, strict=True)
@@ -124,44 +125,23 @@ class TwoShot:
         self,
         shards: Sequence[Shard],
         sums: Sequence[Tensor],
-        addends: Sequence[tuple[Tensor, Tensor] | None],
+        addends: Sequence[Addends | None],
         rank: int,
     ) -> dict[Shard, Payload]:
         flats = [x.reshape(-1) for x in sums]
-        pairs = [None if pair is None else [x.view(-1) for x in pair] for pair in addends]
+        parts: dict[Shard, AddendsPart] = {}
+        for own, of_tensor in zip(addends, by_tensor(shards, len(sums)), strict=True):
+            if own is not None:
+                spans = [(s.start, s.end) for s in of_tensor]
+                parts |= zip(of_tensor, own.parts(spans), strict=True)
         made = compress_sums(
             self.compressor,
             [s.of(flats[s.index]) for s in shards],
-            [None if (p := pairs[s.index]) is None else (s.of(p[0]), s.of(p[1])) for s in shards],
+            [parts.get(s) for s in shards],
             [s.ctx for s in shards],
             rank,
         )
         return dict(zip(shards, made, strict=True))
-
-    def _serve(
-        self,
-        mine: Sequence[Shard],
-        received: Sequence[Sequence[Payload]],
-        rank: int,
-    ) -> list[Payload]:
-        """The owner's half: combine the ranks' payloads of each shard and compress the mean."""
-        ctxs = [shard.ctx for shard in mine]
-        means = [empty((ctx.numel,), ctx.work_dtype, ctx.device) for ctx in ctxs]
-        with profiler_range("decompress"):
-            self.compressor.combine_each_into(means, list(zip(*received, strict=True)), ctxs)
-        # Nobody sent anything: nobody may use the answer either, so the residual waits.
-        used = [i for i, mean in enumerate(means) if bool(mean[:_FIRST].any()) or bool(mean.any())]
-        # ~rank: rounding must be independent of the first stage's.
-        with profiler_range("compress"):
-            combined = compress_own(self.server_feedback, self.compressor, means, used, ctxs, ~rank)
-        update_with_payloads(
-            self.server_feedback,
-            [means[i] for i in used],
-            self.compressor,
-            [combined[i] for i in used],
-            [ctxs[i] for i in used],
-        )
-        return combined
 
     def _deal_whole(self, comm: Comm) -> None:
         """Take this rank's shards of a state that was put together from other owners."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
 from typing import ClassVar, Literal
 
 import torch
@@ -60,20 +59,41 @@ class Sign(Compressor):
         self,
         sums: Sequence[Tensor],
         residuals: Sequence[Tensor],
+        sent: Sequence[Tensor | None],
         gradients: Sequence[Tensor],
         ctxs: Sequence[TensorCtx],
         salt: int = 0,
     ) -> list[Payload]:
-        if any(x.dtype != torch.float32 for x in sums):
-            for total, residual, gradient in zip(sums, residuals, gradients, strict=True):
-                torch.add(residual, gradient, out=total)
-            return self.compress_each(sums, ctxs, salt)
         bits, sizes = _room(sums)
-        if all(map(is_, sums, residuals)):
-            ops.foreach_encode_signs_compensated_(bits, sizes, sums, gradients)
-        else:
-            ops.foreach_encode_signs_of_sums_(bits, sizes, sums, residuals, gradients)
+        ops.foreach_encode_signs_of_sums_(
+            bits, sizes, sums, residuals, gradients, _joined_sent(sent)
+        )
         return self._payloads(bits, sizes, sums, ctxs)
+
+    def compress_means(
+        self,
+        sums: Sequence[Tensor],
+        residuals: Sequence[Tensor],
+        sent: Sequence[Tensor | None],
+        received: Sequence[Sequence[Payload]],
+        ctxs: Sequence[TensorCtx],
+        salt: int = 0,
+    ) -> list[Payload]:
+        bits, sizes = _room(sums)
+        ops.foreach_reencode_signs_(
+            bits, sizes, sums, residuals, _joined_sent(sent), *_rows(received)
+        )
+        return self._payloads(bits, sizes, sums, ctxs)
+
+    def nothing_sent(self, received: Sequence[Sequence[Payload]]) -> list[bool]:
+        if not received:
+            return []
+        sizes = torch.cat([size for of_ranks in received for _, size in of_ranks])
+        nothing: list[bool] = (sizes == 0).view(len(received), -1).all(1).tolist()
+        return nothing
+
+    def mean_sent(self, payload: Payload) -> Tensor | None:
+        return payload[1] if self.scale == "l1" else None
 
     def _payloads(
         self, bits: Tensor, sizes: Tensor, flats: Sequence[Tensor], ctxs: Sequence[TensorCtx]
@@ -105,9 +125,7 @@ class Sign(Compressor):
         if not _together(outs):
             Compressor.combine_each_into(self, outs, payloads, ctxs)
             return
-        rows = list(zip(*payloads, strict=True))
-        bits, sizes = zip(*(_joined(row) for row in rows), strict=True)
-        ops.foreach_write_signs_(outs, bits, torch.stack(sizes) / len(rows))
+        ops.foreach_write_signs_(outs, *_rows(payloads))
 
     def subtract_each_(
         self, xs: Sequence[Tensor], payloads: Sequence[Payload], ctxs: Sequence[TensorCtx]
@@ -148,6 +166,21 @@ def _rms(flat: Tensor, ctx: TensorCtx) -> Tensor:
 def _together(xs: Sequence[Tensor]) -> bool:
     """Whether one call writes the bits that a call for each would: scales are divided in float32."""
     return len(xs) > 1 and all(x.dtype == torch.float32 for x in xs)
+
+
+def _rows(payloads: Sequence[Sequence[Payload]]) -> tuple[list[Tensor], Tensor]:
+    """Of each rank the signs of all, and the scales of their mean: (ranks, count)."""
+    rows = [_joined(row) for row in zip(*payloads, strict=True)]
+    return [bits for bits, _ in rows], torch.stack([sizes for _, sizes in rows]) / len(rows)
+
+
+def _joined_sent(sent: Sequence[Tensor | None]) -> Tensor | None:
+    """(count,), 0 where nothing is to be taken; None: of all."""
+    known = [mean for mean in sent if mean is not None]
+    if not known:
+        return None
+    nothing = known[0].new_zeros(1)
+    return torch.cat([nothing if mean is None else mean for mean in sent])
 
 
 def _joined(payloads: Sequence[Payload]) -> tuple[Tensor, Tensor]:

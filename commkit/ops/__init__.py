@@ -50,6 +50,7 @@ from .sign_functions import (
     foreach_encode_signs_,
     foreach_encode_signs_compensated_,
     foreach_encode_signs_of_sums_,
+    foreach_reencode_signs_,
     foreach_write_signs_,
     pack_signs,
     unpack_signs,
@@ -104,5 +105,6 @@ __all__ = [
     "foreach_encode_signs_",
     "foreach_encode_signs_compensated_",
     "foreach_encode_signs_of_sums_",
+    "foreach_reencode_signs_",
     "foreach_write_signs_",
 ]

@@ -15,31 +15,32 @@ def check_sign_rows(out: Tensor, bits: Sequence[Tensor], scales: Tensor) -> None
 
 
 def check_compensation(
-    residuals: Sequence[Tensor], gradients: Sequence[Tensor], sent: Tensor | None
+    residuals: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    sent: Tensor | None,
+    name: str = "gradient",
 ) -> None:
-    """Residuals are written while gradients are read."""
+    """Residuals, of which ``sent`` was taken, and gradients, which have that name, with memory of their own."""
     if len(residuals) != len(gradients):
-        raise ValueError(f"residuals has {len(residuals)} tensors for {len(gradients)} gradients")
+        raise ValueError(f"residuals has {len(residuals)} tensors for {len(gradients)} {name}s")
     for i, (residual, gradient) in enumerate(zip(residuals, gradients, strict=True)):
         place = f"[{i}]" if len(residuals) > 1 else ""
         n = gradient.numel()
-        check_floats("gradient" + place, gradient)
+        check_floats(name + place, gradient)
         _check("residual" + place, residual, n, _work_dtype(gradient.dtype), gradient.device)
-        _check_apart("residual" + place, residual, {"gradient": gradient})
+        _check_apart("residual" + place, residual, {name + place: gradient})
     if sent is not None and residuals:
         _check("sent", sent, len(residuals), torch.float32, residuals[0].device)
 
 
-def check_sums(
-    sums: Sequence[Tensor], residuals: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> None:
-    """Sums are written while the others are read."""
-    check_compensation(residuals, gradients, None)
-    if len(sums) != len(gradients):
-        raise ValueError(f"sums has {len(sums)} tensors for {len(gradients)} gradients")
-    for i, (total, e, g) in enumerate(zip(sums, residuals, gradients, strict=True)):
-        _check(f"sums[{i}]", total, g.numel(), _work_dtype(g.dtype), g.device)
-        _check_apart(f"sums[{i}]", total, {f"residuals[{i}]": e, f"gradients[{i}]": g})
+def check_sums(sums: Sequence[Tensor], addends: Mapping[str, Sequence[Tensor]]) -> None:
+    """Sums are written while their addends, by name and checked already, are read."""
+    for name, each in addends.items():
+        if len(sums) != len(each):
+            raise ValueError(f"sums has {len(sums)} tensors for {len(each)} {name}")
+        for i, (total, x) in enumerate(zip(sums, each, strict=True)):
+            _check(f"sums[{i}]", total, x.numel(), _work_dtype(x.dtype), x.device)
+            _check_apart(f"sums[{i}]", total, {f"{name}[{i}]": x})
 
 
 def check_sign_output(bits: Tensor, scales: Tensor, name: str, xs: Sequence[Tensor]) -> None:
@@ -53,14 +54,16 @@ def check_sign_output(bits: Tensor, scales: Tensor, name: str, xs: Sequence[Tens
     _check("scales", scales, len(xs), torch.float32, bits.device)
 
 
-def check_foreach_sign_rows(outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor) -> None:
+def check_foreach_sign_rows(
+    name: str, outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor
+) -> None:
     device, dtype = scales.device, outs[0].dtype if outs else None
     for i, out in enumerate(outs):
-        check_floats(f"outs[{i}]", out)
+        check_floats(f"{name}[{i}]", out)
         if out.dtype != dtype or out.device != device:
             raise ValueError(
-                f"outs[{i}] is of {out.dtype} on {out.device} and must be of {dtype} on {device}, as "
-                "outs[0] and scales are"
+                f"{name}[{i}] is of {out.dtype} on {out.device} and must be of {dtype} on {device}, as "
+                f"{name}[0] and scales are"
             )
     _check_rows("bits", bits, _sign_bytes(outs), torch.uint8, scales.device)
     if scales.dtype != torch.float32:

@@ -133,7 +133,14 @@ _FOREACH_COMPENSATED = (
     "(Tensor(a!) bits, Tensor(b!) scales, Tensor(c!)[] residuals, Tensor[] gradients, float decay, "
     "Tensor? sent) -> ()"
 )
-_FOREACH_SUMS = "(Tensor(a!) bits, Tensor(b!) scales, Tensor(c!)[] sums, Tensor[] residuals, Tensor[] gradients) -> ()"
+_FOREACH_SUMS = (
+    "(Tensor(a!) bits, Tensor(b!) scales, Tensor(c!)[] sums, Tensor[] residuals, Tensor[] gradients, "
+    "Tensor? sent) -> ()"
+)
+_FOREACH_REENCODE = (
+    "(Tensor(a!) bits, Tensor(b!) scales, Tensor(c!)[] sums, Tensor[] residuals, Tensor? sent, Tensor[] rows, "
+    "Tensor row_scales) -> ()"
+)
 _SUM_SIGNS = "(Tensor(a!) out, Tensor[] bits, Tensor scales) -> ()"
 _FOREACH_SUM_SIGNS = "(Tensor(a!)[] outs, Tensor[] bits, Tensor scales) -> ()"
 _SUM_BLOCKS = (
@@ -167,6 +174,7 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "foreach_encode_signs_compensated_": (_FOREACH_COMPENSATED, _fake_in_place),
     "foreach_encode_signs_of_sums_": (_FOREACH_SUMS, _fake_in_place),
+    "foreach_reencode_signs_": (_FOREACH_REENCODE, _fake_in_place),
     "foreach_write_signs_": (_FOREACH_SUM_SIGNS, _fake_in_place),
     "foreach_accumulate_signs_": (_FOREACH_SUM_SIGNS, _fake_in_place),
     "ternarize": ("(Tensor x, Tensor scale, int seed) -> Tensor", _fake_ternarize),

@@ -7,7 +7,7 @@ import os
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
-INTERFACE = 5  # of csrc/kernels.h
+INTERFACE = 6  # of csrc/kernels.h
 PATH = Path(__file__).with_name("_kernels.so")
 MODES = ("auto", "0", "1")
 LEVELS = ("baseline", "avx2", "avx512")
@@ -26,6 +26,10 @@ _SIGNATURES: Signatures = {
     "ck_sum_signs": ([_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int], None),
     "ck_foreach_encode_signs": (
         [*[_POINTER] * 5, c_int64, _POINTER, _POINTER, c_float, _POINTER, c_int],
+        None,
+    ),
+    "ck_foreach_reencode_signs": (
+        [*[_POINTER] * 4, c_int, *[_POINTER] * 3, c_int64, _POINTER, c_int],
         None,
     ),
     "ck_foreach_sum_signs": (

@@ -114,15 +114,48 @@ def foreach_encode_signs_of_sums_(
     sums: Sequence[Tensor],
     residuals: Sequence[Tensor],
     gradients: Sequence[Tensor],
+    sent: Tensor | None,
 ) -> None:
     """float32, and gradients of bfloat16 and float16 too."""
-    if not (serves_output(bits, scales, gradients) and serves_sums(sums, residuals, gradients)):
-        reference.foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients)
+    if not (
+        serves_output(bits, scales, gradients) and serves_sums(sums, residuals, gradients, sent)
+    ):
+        reference.foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients, sent)
         return
+    _encode_sums(bits, scales, sums, residuals, gradients, sent)
+
+
+@kernel("CUDA")
+def foreach_reencode_signs_(
+    bits: Tensor,
+    scales: Tensor,
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    sent: Tensor | None,
+    rows: Sequence[Tensor],
+    row_scales: Tensor,
+) -> None:
+    """float32, in two passes: the sums of signs are written where the residuals are added to them."""
+    if not (serves_output(bits, scales, sums) and serves_sums(sums, residuals, sums, sent)):
+        reference.foreach_reencode_signs_(bits, scales, sums, residuals, sent, rows, row_scales)
+        return
+    foreach_write_signs_(sums, rows, row_scales)
+    _encode_sums(bits, scales, sums, residuals, sums, sent)
+
+
+def _encode_sums(
+    bits: Tensor,
+    scales: Tensor,
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    sent: Tensor | None,
+) -> None:
     places = places_of_signs(gradients)
     for i, (place, *each) in enumerate(zip(places, sums, residuals, gradients, strict=True)):
         total, e, g = each
-        _encode(g, bits[place], scales[i], e, total)
+        own = None if sent is None else sent[i]
+        _encode(g, bits[place], scales[i], e, total, sent=own)
 
 
 @kernel("CUDA")

@@ -89,10 +89,13 @@ def serves_compensation(
 
 
 def serves_sums(
-    sums: Sequence[Tensor], residuals: Sequence[Tensor], gradients: Sequence[Tensor]
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    sent: Tensor | None,
 ) -> bool:
     """float32, and gradients of bfloat16 and float16 too."""
-    return serves_compensation(residuals, gradients, None) and serves_compensation(
+    return serves_compensation(residuals, gradients, sent) and serves_compensation(
         sums, gradients, None
     )
 
@@ -170,25 +173,56 @@ def foreach_encode_signs_of_sums_(
     sums: Sequence[Tensor],
     residuals: Sequence[Tensor],
     gradients: Sequence[Tensor],
+    sent: Tensor | None,
 ) -> None:
     """float32, and gradients of bfloat16 and float16 too. The means are those of encode_signs."""
-    if serves_output(bits, scales, gradients) and serves_sums(sums, residuals, gradients):
-        _encode_all(bits, scales, gradients, list(residuals), list(sums))
+    if serves_output(bits, scales, gradients) and serves_sums(sums, residuals, gradients, sent):
+        _encode_all(bits, scales, gradients, list(residuals), list(sums), sent=sent)
     else:
-        reference.foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients)
+        reference.foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients, sent)
 
 
-def _foreach_sum_signs(
-    outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor, accumulate: bool
-) -> bool:
+@kernel()
+def foreach_reencode_signs_(
+    bits: Tensor,
+    scales: Tensor,
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    sent: Tensor | None,
+    rows: Sequence[Tensor],
+    row_scales: Tensor,
+) -> None:
+    """float32. The means are those of encode_signs."""
+    if (
+        serves_output(bits, scales, sums)
+        and serves_sums(sums, residuals, sums, sent)
+        and serves_rows(sums, rows, row_scales)
+    ):
+        run(
+            "ck_foreach_reencode_signs",
+            *(bits, scales, row_scales, list(rows), len(rows), list(residuals), list(sums)),
+            *(_sizes(sums), len(sums), sent),
+        )
+    else:
+        reference.foreach_reencode_signs_(bits, scales, sums, residuals, sent, rows, row_scales)
+
+
+def serves_rows(outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor) -> bool:
+    """float32."""
     size = sum((out.numel() + 7) // 8 for out in outs)
-    if not (
+    return (
         all_flat(outs, scales.device, torch.float32)
         and scales.shape == (len(bits), len(outs))
         and scales.is_contiguous()
         and flat(scales.view(-1), torch.float32)
         and all(fits(row, size, torch.uint8, scales.device) for row in bits)
-    ):
+    )
+
+
+def _foreach_sum_signs(
+    outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor, accumulate: bool
+) -> bool:
+    if not serves_rows(outs, bits, scales):
         return False
     run(
         "ck_foreach_sum_signs",

@@ -28,6 +28,7 @@ from .signs import foreach_accumulate_signs_ as foreach_accumulate_signs_
 from .signs import foreach_encode_signs_ as foreach_encode_signs_
 from .signs import foreach_encode_signs_compensated_ as foreach_encode_signs_compensated_
 from .signs import foreach_encode_signs_of_sums_ as foreach_encode_signs_of_sums_
+from .signs import foreach_reencode_signs_ as foreach_reencode_signs_
 from .signs import foreach_write_signs_ as foreach_write_signs_
 from .signs import pack_signs as pack_signs
 from .signs import unpack_signs as unpack_signs

@@ -139,6 +139,7 @@ def foreach_encode_signs_of_sums_(
     sums: Sequence[Tensor],
     residuals: Sequence[Tensor],
     gradients: Sequence[Tensor],
+    sent: Tensor | None = None,
 ) -> None:
     """Error feedback that can be undone: ``sums[i] = residuals[i] + gradients[i]``, as ``torch.add`` rounds it, and
     :func:`encode_signs` of the sum, in one pass that leaves residuals as they were.
@@ -147,14 +148,45 @@ def foreach_encode_signs_of_sums_(
         bits, scales: as for :func:`foreach_encode_signs_`.
         sums: (n_i,) contiguous, of the dtype of the residual, written over. No two share memory, nor with what
             is read.
-        residuals, gradients: as for :func:`foreach_encode_signs_compensated_`, only read.
+        residuals, gradients, sent: as for :func:`foreach_encode_signs_compensated_`, only read.
 
     Raises:
         TypeError, ValueError: a wrong dtype, size or device; the message names the argument.
     """
     check_sign_output(bits, scales, "gradients", gradients)
-    check_sums(sums, residuals, gradients)
-    _ops.foreach_encode_signs_of_sums_(bits, scales, list(sums), list(residuals), list(gradients))
+    check_compensation(residuals, gradients, sent)
+    check_sums(sums, {"residuals": residuals, "gradients": gradients})
+    _ops.foreach_encode_signs_of_sums_(
+        bits, scales, list(sums), list(residuals), list(gradients), sent
+    )
+
+
+def foreach_reencode_signs_(
+    bits: Tensor,
+    scales: Tensor,
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    sent: Tensor | None,
+    rows: Sequence[Tensor],
+    row_scales: Tensor,
+) -> None:
+    """The server's half of a two-shot reduction in one pass: :func:`foreach_encode_signs_of_sums_`, whose gradients
+    are what :func:`foreach_write_signs_` would write of ``rows``, bit for bit.
+
+    Args:
+        bits, scales, sums, residuals, sent: as for :func:`foreach_encode_signs_of_sums_`.
+        rows, row_scales: ``bits`` and ``scales`` of :func:`foreach_write_signs_`.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, size or device; the message names the argument.
+    """
+    check_sign_output(bits, scales, "sums", sums)
+    check_foreach_sign_rows("sums", sums, rows, row_scales)
+    check_compensation(residuals, sums, sent, "sum")
+    check_sums(sums, {"residuals": residuals})
+    _ops.foreach_reencode_signs_(
+        bits, scales, list(sums), list(residuals), sent, list(rows), row_scales
+    )
 
 
 def foreach_write_signs_(outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor) -> None:
@@ -170,7 +202,7 @@ def foreach_write_signs_(outs: Sequence[Tensor], bits: Sequence[Tensor], scales:
     Raises:
         TypeError, ValueError: a wrong dtype, size or device; the message names the argument.
     """
-    check_foreach_sign_rows(outs, bits, scales)
+    check_foreach_sign_rows("outs", outs, bits, scales)
     _ops.foreach_write_signs_(list(outs), list(bits), scales)
 
 
@@ -179,5 +211,5 @@ def foreach_accumulate_signs_(
 ) -> None:
     """``outs[i] += sum_r scales[r, i] * sgn_{r, i}``, otherwise as :func:`foreach_write_signs_`. The sum is
     formed first, so that one row of negative scales is a subtraction, bit for bit."""
-    check_foreach_sign_rows(outs, bits, scales)
+    check_foreach_sign_rows("outs", outs, bits, scales)
     _ops.foreach_accumulate_signs_(list(outs), list(bits), scales)

@@ -106,11 +106,27 @@ def foreach_encode_signs_of_sums_(
     sums: Sequence[Tensor],
     residuals: Sequence[Tensor],
     gradients: Sequence[Tensor],
+    sent: Tensor | None,
 ) -> None:
-    """``sums[i] = residuals[i] + gradients[i]``, and :func:`encode_signs` of it."""
-    for total, e, g in zip(sums, residuals, gradients, strict=True):
-        torch.add(e, g, out=total)
-    foreach_encode_signs_(bits, scales, sums)
+    """:func:`foreach_encode_signs_compensated_` without decay, whose sums go to memory of their own."""
+    for total, e in zip(sums, residuals, strict=True):
+        total.copy_(e)
+    foreach_encode_signs_compensated_(bits, scales, sums, gradients, 1.0, sent)
+
+
+def foreach_reencode_signs_(
+    bits: Tensor,
+    scales: Tensor,
+    sums: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    sent: Tensor | None,
+    rows: Sequence[Tensor],
+    row_scales: Tensor,
+) -> None:
+    """:func:`foreach_encode_signs_of_sums_`, whose gradients are what :func:`foreach_write_signs_` writes."""
+    gradients = [torch.empty_like(total) for total in sums]
+    foreach_write_signs_(gradients, rows, row_scales)
+    foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients, sent)
 
 
 def foreach_write_signs_(outs: Sequence[Tensor], bits: Sequence[Tensor], scales: Tensor) -> None:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from commkit.addends import CompressesSums
 from commkit.compressors import BlockQuantize, Sign
-from commkit.types import CompressesSums, Compressor, TensorCtx
+from commkit.types import Compressor, TensorCtx
 
 MAKE: dict[str, Callable[[], Compressor]] = {
     "sign l1": Sign,
@@ -69,24 +70,48 @@ def test_together_is_one_by_one(
 
 
 @pytest.mark.parametrize("make", [Sign, lambda: Sign("rms")], ids=["l1", "rms"])
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float64,)])
 @settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6))
+@given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6), peers=st.integers(1, 3))
 def test_sums_are_added_and_compressed(
-    make: Callable[[], Sign], dtypes: tuple[torch.dtype, ...], sizes: list[int]
+    make: Callable[[], Sign], sizes: list[int], peers: int
 ) -> None:
+    """Less what was sent, where that is known: with gradients, and with the means of what was received."""
     compressor = make()
     assert isinstance(compressor, CompressesSums)
     generator = torch.Generator().manual_seed(sum(sizes))
-    gradients = [
-        torch.randn(n, generator=generator).to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)
-    ]
+    dtypes = torch.float32, torch.bfloat16
+    gradients = [torch.randn(n, generator=generator).to(dtypes[i % 2]) for i, n in enumerate(sizes)]
     ctxs = contexts(gradients)
-    residuals = [torch.randn(ctx.numel, generator=generator).to(ctx.work_dtype) for ctx in ctxs]
-    sums = [torch.empty_like(e) for e in residuals]
-    made = compressor.compress_sums(sums, residuals, gradients, ctxs)
-    wanted = [e + g for e, g in zip(residuals, gradients, strict=True)]
-    for total, payload, x, ctx in zip(sums, made, wanted, ctxs, strict=True):
-        assert torch.equal(total, x)
-        for a, b in zip(payload, compressor.compress(x, ctx), strict=True):
-            assert torch.equal(a, b)
+    residuals = [torch.randn(n, generator=generator) for n in sizes]
+    sent = [None if i % 3 == 2 else torch.tensor([0.1 * i]) for i in range(len(sizes))]
+    left = [
+        e if m is None else e - torch.where(e >= 0, m, -m)
+        for e, m in zip(residuals, sent, strict=True)
+    ]
+    received = [
+        [compressor.compress(torch.randn(n, generator=generator), ctx) for _ in range(peers)]
+        for n, ctx in zip(sizes, ctxs, strict=True)
+    ]
+    means = [compressor.combine(row, ctx) for row, ctx in zip(received, ctxs, strict=True)]
+    for others in (gradients, means):
+        sums = [torch.empty_like(e) for e in residuals]
+        if others is gradients:
+            made = compressor.compress_sums(sums, residuals, sent, gradients, ctxs)
+        else:
+            made = compressor.compress_means(sums, residuals, sent, received, ctxs)
+        wanted = [e + x for e, x in zip(left, others, strict=True)]
+        for total, payload, x, ctx in zip(sums, made, wanted, ctxs, strict=True):
+            assert torch.equal(total, x)
+            for a, b in zip(payload, compressor.compress(x, ctx), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_zeros_are_nothing_and_l1_can_be_taken_later() -> None:
+    x, zeros = torch.tensor([3.0, -1.0]), torch.zeros(2)
+    (ctx,) = contexts([x])
+    rows = [[Sign().compress(v, ctx) for v in pair] for pair in ((zeros, zeros), (zeros, x))]
+    assert Sign().nothing_sent(rows) == [True, False]
+    (mean, none) = (c.mean_sent(c.compress(x, ctx)) for c in (Sign(), Sign("rms")))
+    assert mean is not None
+    assert float(mean) == 2
+    assert none is None

@@ -96,12 +96,36 @@ def foreach_encoded(
         if sent is None:
             module.foreach_encode_signs_(bits, scales, xs)
         elif apart:
-            module.foreach_encode_signs_of_sums_(bits, scales, parts(sums), residuals, xs)
+            own = torch.arange(len(xs)) * 0.3 if sent else None
+            module.foreach_encode_signs_of_sums_(bits, scales, parts(sums), residuals, xs, own)
         else:
             own = torch.arange(len(xs)) * 0.3 if sent else None
             module.foreach_encode_signs_compensated_(bits, scales, residuals, xs, 0.9, own)
         assert not scales.isnan().any()
         return bits, residual, sums
+
+    return call
+
+
+def reencoded(
+    n: int, count: int, sent: bool, dtype: torch.dtype = torch.float32
+) -> Callable[[Any], tuple[torch.Tensor, ...]]:
+    """The bits, the sums and the residuals, which are left as they are."""
+
+    def call(module: Any) -> tuple[torch.Tensor, ...]:
+        residual = finite(n, dtype).flip(0) * 3
+        sums = torch.full_like(residual, 7)
+        of_each = parts(sums)
+        bits = torch.full((sum(-(-x.numel() // 8) for x in of_each),), 77, dtype=torch.uint8)
+        scales = torch.full((len(of_each),), torch.nan)
+        own = torch.arange(len(of_each)) * 0.3 if sent else None
+        row_bits, row_scales = rows(8 * bits.numel(), count)
+        column = torch.outer(row_scales, torch.arange(len(of_each)) - 1.3)
+        module.foreach_reencode_signs_(
+            bits, scales, of_each, parts(residual), own, row_bits, column
+        )
+        assert not scales.isnan().any()
+        return bits, sums, residual
 
     return call
 
@@ -235,6 +259,18 @@ EXACT: dict[str, Callable[[int], Callable[[Any], Result]]] = {
             ("foreach_encode_signs_compensated_", False, False),
             ("foreach_encode_signs_compensated_ after", True, False),
             ("foreach_encode_signs_of_sums_", False, True),
+            ("foreach_encode_signs_of_sums_ after", True, True),
+        )
+    },
+    **{
+        f"foreach_reencode_signs_ {count} {sent} {dtype}": (
+            lambda n, c=count, s=sent, d=dtype: reencoded(n, c, s, d)
+        )
+        for count, sent, dtype in (
+            (1, False, torch.float32),
+            (2, True, torch.float32),
+            (5, True, torch.float32),
+            (2, True, torch.float64),
         )
     },
     **{

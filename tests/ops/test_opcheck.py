@@ -55,8 +55,17 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "foreach_encode_signs_of_sums_": [
         (
             *(torch.zeros(4, dtype=torch.uint8), torch.zeros(2)),
-            *([torch.zeros(9), torch.zeros(12)], *TWO),
+            *([torch.zeros(9), torch.zeros(12)], *TWO, sent),
         )
+        for sent in (None, FLOATS[:2])
+    ],
+    "foreach_reencode_signs_": [
+        (
+            *(torch.zeros(4, dtype=torch.uint8), torch.zeros(2)),
+            *([torch.zeros(9), torch.zeros(12)], TWO[0], sent),
+            *([FOUR_BYTES] * 3, FLOATS[:6].view(3, 2)),
+        )
+        for sent in (None, FLOATS[:2])
     ],
     **{
         name: [

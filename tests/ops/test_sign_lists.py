@@ -136,6 +136,48 @@ def test_a_list_with_feedback_is_each_of_its_pairs(
 
 @every_way
 @every_dtype
+@pytest.mark.parametrize("later", [False, True])
+def test_sums_elsewhere_are_those_in_place(
+    later: bool, dtype: torch.dtype, level: str, threads: int
+) -> None:
+    gradients, residuals, (bits, scales) = finite(4, dtype), finite(5, work(dtype)), room()
+    sums, (wanted, sizes) = [torch.full_like(e, 7) for e in residuals], room()
+    sent = torch.arange(len(SIZES)) * 0.1 if later else None
+    with running_at(level, threads):
+        ops.foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients, sent)
+        ops.foreach_encode_signs_compensated_(wanted, sizes, residuals, gradients, 1.0, sent)
+    assert all(map(torch.equal, sums, residuals))
+    assert torch.equal(bits, wanted)
+    assert torch.equal(scales, sizes)
+
+
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("peers", [1, 3])
+def test_signs_are_encoded_again_as_their_sums_would_be(
+    peers: int, later: bool, dtype: torch.dtype, level: str, threads: int
+) -> None:
+    sent = [room() for _ in range(peers)]
+    for peer, message in enumerate(sent):
+        ops.foreach_encode_signs_(*message, finite(10 * peer))
+    rows, row_scales = [bits for bits, _ in sent], torch.stack([s for _, s in sent]) / peers
+    residuals, own = finite(5, dtype), torch.arange(len(SIZES)) * 0.1 if later else None
+    copies, means = [e.clone() for e in residuals], [torch.full_like(e, 7) for e in residuals]
+    (bits, scales), (wanted, sizes) = room(), room()
+    sums, both = [x.clone() for x in means], [x.clone() for x in means]
+    with running_at(level, threads):
+        ops.foreach_reencode_signs_(bits, scales, sums, residuals, own, rows, row_scales)
+        ops.foreach_write_signs_(means, rows, row_scales)
+        ops.foreach_encode_signs_of_sums_(wanted, sizes, both, residuals, means, own)
+    assert all(map(torch.equal, sums, both))
+    assert all(map(torch.equal, residuals, copies))
+    assert torch.equal(bits, wanted)
+    assert torch.equal(scales, sizes)
+
+
+@every_way
+@every_dtype
 def test_sums_are_add_and_encode_and_leave_what_is_added(
     dtype: torch.dtype, level: str, threads: int
 ) -> None:
@@ -188,6 +230,7 @@ def test_an_empty_list_is_fine() -> None:
     ops.foreach_encode_signs_(bits, scales, [])
     ops.foreach_encode_signs_compensated_(bits, scales, [], [])
     ops.foreach_encode_signs_of_sums_(bits, scales, [], [], [])
+    ops.foreach_reencode_signs_(bits, scales, [], [], None, [bits], torch.empty(1, 0))
     ops.foreach_write_signs_([], [bits], torch.empty(1, 0))
 
 
@@ -221,6 +264,14 @@ ADDED: dict[str, Any] = {
     **BOTH,
     "residuals": [OTHER, OTHER],
     "sums": [torch.ones(9), torch.ones(9)],
+}
+AGAIN: dict[str, Any] = {
+    **TWICE,
+    "sums": [torch.ones(9), torch.ones(9)],
+    "residuals": [OTHER, OTHER],
+    "sent": torch.ones(2),
+    "rows": [BITS.repeat(2)],
+    "row_scales": torch.ones(1, 2),
 }
 SUMMED: dict[str, Any] = {
     "outs": [torch.ones(9), torch.ones(9)],
@@ -289,6 +340,20 @@ WRONG = [
         )
     ),
     ("foreach_encode_signs_compensated_", BOTH, {"sent": ONE}, ValueError, "sent has shape"),
+    ("foreach_encode_signs_of_sums_", ADDED, {"sent": ONE}, ValueError, "sent has shape"),
+    *(
+        ("foreach_reencode_signs_", AGAIN, change, error, words)
+        for change, error, words in (
+            ({"sent": ONE}, ValueError, "sent has shape"),
+            ({"residuals": [X]}, ValueError, "residuals has 1 tensors for 2 sums"),
+            ({"residuals": [OTHER, OTHER.double()]}, TypeError, r"residual\[1\] is of"),
+            ({"sums": [X, OTHER]}, ValueError, r"residual\[1\] is the memory of sum\[1\]"),
+            ({"sums": [X, X.view(3, 3)]}, ValueError, r"sums\[1\] has shape"),
+            ({"sums": [X, X.double()]}, ValueError, r"sums\[1\] is of"),
+            ({"rows": []}, ValueError, "bits is empty"),
+            ({"row_scales": torch.ones(2)}, ValueError, "scales has shape"),
+        )
+    ),
     *(
         (f"foreach_{verb}_signs_", SUMMED, change, error, words)
         for verb in ("write", "accumulate")
