@@ -44,14 +44,17 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
     bits, scale = ops.encode_signs(x)
     scales = scale.repeat(PEERS)
 
-    residual, late, other = torch.zeros(n), torch.zeros(n), torch.zeros(n)
-    both = [late, other]
+    residual, late = torch.zeros(n), torch.zeros(n)
+    both = [torch.zeros(n), torch.zeros(n)]
     own, size = torch.zeros_like(bits), torch.ones(1)
     rows, row_scales = [bits] * PEERS, scales.view(PEERS, 1)
 
-    # As error feedback does it: what was sent is taken on the way of the next step, which leaves the residual as it
-    # was, in case that the step is given up.
+    # What was sent is taken on the way of the next step.
     def sign_step() -> None:
+        module.foreach_encode_signs_compensated_(own, size, [residual], [x], 1.0, size.clone())
+
+    # So do schemes, whose residual stays as it was, in case that the step is given up.
+    def sign_step_elsewhere() -> None:
         module.foreach_encode_signs_of_sums_(own, size, [both[0]], [both[1]], [x], size.clone())
         both.reverse()
 
@@ -62,8 +65,8 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
         both.reverse()
 
     def sign_step_in_two_passes() -> None:
-        packed, sent = module.encode_signs_compensated_(residual, x, 1.0, None)
-        module.accumulate_signs_(residual, [packed], -sent)
+        packed, sent = module.encode_signs_compensated_(late, x, 1.0, None)
+        module.accumulate_signs_(late, [packed], -sent)
 
     many = x.tensor_split(TENSORS)
     all_bits = torch.zeros(sum((part.numel() + 7) // 8 for part in many), dtype=torch.uint8)
@@ -105,6 +108,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
             all_bits, all_scales, many
         ),
         "sign pack + error feedback": sign_step,
+        "sign pack + error feedback, elsewhere": sign_step_elsewhere,
         "sign pack + error feedback, two passes": sign_step_in_two_passes,
         f"unpack {PEERS} peers, pack + error feedback": sign_step_at_server,
         "sign write": lambda: module.write_signs_(out, [bits], scale),

@@ -34,6 +34,10 @@ COMMKIT_TARGET inline void put(float *to, __m256 x, bool stream) {
     _mm256_storeu_ps(to, x);
 }
 
+// Where several streams are read, or a branch that was guessed wrong waits for what it depends on, the next
+// pieces are asked for ahead, by so many floats: the processor's own prefetching ends with a page.
+constexpr int64_t kFetch = 512;
+
 COMMKIT_TARGET void pack_signs(const float *x, int64_t n, uint8_t *bits) {
   const int64_t whole = n - n % 8;
   for (int64_t i = 0; i < whole; i += 8)
@@ -84,7 +88,9 @@ COMMKIT_TARGET double compensate_and_encode(const float *residual, const float *
   const __m256 share = _mm256_set1_ps(decay), zero = _mm256_setzero_ps();
   const __m256 below = _mm256_set1_ps(sent), above = _mm256_set1_ps(-sent);
   const int64_t whole = n - n % loops::kLanes;
-  for (int64_t i = 0; i < whole; i += loops::kLanes)
+  for (int64_t i = 0; i < whole; i += loops::kLanes) {
+    __builtin_prefetch(residual + i + kFetch);
+    __builtin_prefetch(g + i + kFetch);
     for (int half = 0; half < 2; ++half) {
       const int64_t at = i + 8 * half;
       const __m256 before = _mm256_loadu_ps(residual + at);
@@ -95,6 +101,7 @@ COMMKIT_TARGET double compensate_and_encode(const float *residual, const float *
       bits[at / 8] = sign_byte(v);
       sizes.add(v, half);
     }
+  }
   for (int64_t i = whole; i < n; ++i)
     sum[i] = loops::compensated(residual[i], g[i], decay, sent);
   loops::pack_signs(sum + whole, n - whole, bits + whole / 8);
@@ -269,10 +276,6 @@ COMMKIT_TARGET void correct_momentum(const float *g, const Correction &how, int6
   stream = stream && is_aligned(u) && is_aligned(v);
   COMMKIT_BY_KIND(how, correct_all, g, how, n, stream, u, v);
 }
-
-// A branch that was guessed wrong waits for what it depends on: the next pieces are asked for ahead, by so
-// many floats.
-constexpr int64_t kFetch = 512;
 
 template <bool kVelocity, bool kUnsent, bool kNesterov>
 COMMKIT_TARGET int64_t correct_and_select_as(const float *g, const Correction &how, const Cut &cut,
