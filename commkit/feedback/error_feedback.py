@@ -15,9 +15,8 @@ from ..registry import register
 from ..types import StateDict
 from .staged import StagedTensors
 
-_CANCELLED = (
-    0.01  # of a square: rounding errors of float32 are grown a hundredfold in a smaller difference
-)
+# Of a square. In a smaller difference the rounding errors of float32 are grown a hundredfold.
+_CANCELLED = 0.01
 
 
 @register("feedback", "error_feedback")

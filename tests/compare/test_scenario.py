@@ -3,16 +3,19 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from commkit import cli
-from commkit.config import ConfigError, load_yaml, validate
+from commkit.config import ConfigError, apply_overrides, load_yaml, validate
 from commkit.cost.scenario import Scenario
 from commkit.cost.simulate import simulate
 from launch.compare import scenario as beside
-from launch.compare.plan import Configuration, Trial
+from launch.compare.plan import ROOT, Configuration, Trial
 from launch.netlab import LabError, NodeResult
+from launch.optimizer import make_optimizer
 from launch.rundir import METRIC_KEYS, RunDirectory
+from launch.settings import TrainSettings
 from tests.compare.runs import write
 from tests.probe.found import probe_of
 
@@ -66,6 +69,16 @@ def test_recipes_are_those_of_the_simulation(small, tmp_path):
         {"scheme": {"name": "qsdp", "weight_bits": 32, "gradient_bits": 32}},
     ]
     assert "model.width=64" in beside.overrides(validate(Scenario, FILE, "here").lab)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "scenarios").glob("*.yaml")), ids=str)
+def test_recipes_of_the_claims_can_be_trained(file, tmp_path):
+    whole = validate(Scenario, load_yaml(file), str(file))
+    if whole.lab is None:
+        pytest.skip("not for the lab")
+    for recipe in beside.recipes(beside.in_lab(whole, whole.lab)[0], tmp_path):
+        data = apply_overrides(load_yaml(recipe), beside.overrides(whole.lab))
+        make_optimizer(torch.nn.Linear(4, 4), validate(TrainSettings, data, str(recipe)))
 
 
 def test_what_is_simulated_has_the_probes_times_and_links(small):
