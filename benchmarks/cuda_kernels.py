@@ -47,10 +47,16 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, tuple[Arm
     found = ops.select_at_least(x, threshold)
     ones = torch.ones_like(x)
     after = torch.empty_like(x), torch.empty_like(x)
+    own, size, columns = torch.empty_like(bits), scale.clone(), scales.view(PEERS, 1)
 
+    # What was sent is taken on the way of the next step, as schemes do it.
     def sign_step() -> None:
-        packed, size = module.encode_signs_compensated_(out, x, 1.0, None)
-        module.accumulate_signs_(out, [packed], -size)
+        module.foreach_encode_signs_of_sums_(own, size, [after[0]], [ones], [x], scale)
+
+    def sign_step_at_server() -> None:
+        module.foreach_reencode_signs_(
+            own, size, [after[0]], [ones], scale, [bits] * PEERS, columns
+        )
 
     def blocks(width: int) -> dict[str, tuple[Arm, float]]:
         codes, sizes = ops.quantize_blocks(x, width, BLOCK, False, 0)
@@ -77,7 +83,8 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, tuple[Arm
     return {
         "sign pack": (lambda: module.pack_signs(x), 4 + 1 / 8),
         "sign pack + l1": (lambda: module.encode_signs(x), 4 + 1 / 8),
-        "sign pack + error feedback": (sign_step, 20 + 2 / 8),
+        "sign pack + error feedback": (sign_step, 12 + 1 / 8),
+        f"unpack {PEERS} peers, pack + error feedback": (sign_step_at_server, 8 + (PEERS + 1) / 8),
         "sign write": (lambda: module.write_signs_(out, [bits], scale), 4 + 1 / 8),
         f"unpack-accumulate of {PEERS} peers": (
             lambda: module.accumulate_signs_(out, [bits] * PEERS, scales),

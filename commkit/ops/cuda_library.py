@@ -11,7 +11,7 @@ import torch
 
 from .library import Signatures, chosen_mode, open_library
 
-INTERFACE = 4  # of csrc/cuda/kernels.h
+INTERFACE = 5  # of csrc/cuda/kernels.h
 PATH = Path(__file__).with_name("_kernels_cuda.so")
 
 _POINTER = c_void_p
@@ -29,6 +29,7 @@ _PLAIN: Signatures = {
 _KERNELS: dict[str, list[type]] = {  # and a stream at the end; they return an error code
     "encode_signs": [*_INPUT, _POINTER, _POINTER, _POINTER],
     "encode_signs_compensated": [*_INPUT, _POINTER, _POINTER, c_float, *[_POINTER] * 4],
+    "reencode_signs": [_POINTER, c_int64, _POINTER, _POINTER, c_int, *[_POINTER] * 5],
     "sum_signs": [_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int],
     "quantize_blocks": [*_INPUT, c_int, c_int64, _POINTER, _POINTER, _POINTER],
     "sum_blocks": [

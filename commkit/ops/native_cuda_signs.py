@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .binding import DTYPES, all_flat, empty, flat, kernel, run, workspace
+from .binding import DTYPES, all_flat, empty, flat, kernel, max_rows, run, workspace
 from .native_signs import (
     accumulate_signs_,
     serves_compensation,
     serves_output,
+    serves_rows,
     serves_sums,
     write_signs_,
 )
@@ -122,7 +123,10 @@ def foreach_encode_signs_of_sums_(
     ):
         reference.foreach_encode_signs_of_sums_(bits, scales, sums, residuals, gradients, sent)
         return
-    _encode_sums(bits, scales, sums, residuals, gradients, sent)
+    places = places_of_signs(gradients)
+    for i, (place, *each) in enumerate(zip(places, sums, residuals, gradients, strict=True)):
+        total, e, g = each
+        _encode(g, bits[place], scales[i], e, total, sent=None if sent is None else sent[i])
 
 
 @kernel("CUDA")
@@ -135,27 +139,23 @@ def foreach_reencode_signs_(
     rows: Sequence[Tensor],
     row_scales: Tensor,
 ) -> None:
-    """float32, in two passes: the sums of signs are written where the residuals are added to them."""
-    if not (serves_output(bits, scales, sums) and serves_sums(sums, residuals, sums, sent)):
+    """float32."""
+    if not (
+        serves_output(bits, scales, sums)
+        and serves_sums(sums, residuals, sums, sent)
+        and serves_rows(sums, rows, row_scales)
+        and len(rows) <= max_rows(bits.device)
+    ):
         reference.foreach_reencode_signs_(bits, scales, sums, residuals, sent, rows, row_scales)
         return
-    foreach_write_signs_(sums, rows, row_scales)
-    _encode_sums(bits, scales, sums, residuals, sums, sent)
-
-
-def _encode_sums(
-    bits: Tensor,
-    scales: Tensor,
-    sums: Sequence[Tensor],
-    residuals: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    sent: Tensor | None,
-) -> None:
-    places = places_of_signs(gradients)
-    for i, (place, *each) in enumerate(zip(places, sums, residuals, gradients, strict=True)):
-        total, e, g = each
-        own = None if sent is None else sent[i]
-        _encode(g, bits[place], scales[i], e, total, sent=own)
+    columns = row_scales.t().contiguous()
+    for i, (place, total, e) in enumerate(zip(places_of_signs(sums), sums, residuals, strict=True)):
+        n, own = total.numel(), None if sent is None else sent[i]
+        run(
+            "ck_reencode_signs",
+            *(total, n, [row[place] for row in rows], columns[i], len(rows), e, own),
+            *(bits[place], scales[i], workspace(total.device, "ck_cuda_encode_signs_workspace", n)),
+        )
 
 
 @kernel("CUDA")

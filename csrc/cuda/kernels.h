@@ -9,7 +9,7 @@
 #include "../kernels.h"
 
 // Bumped with every change of a signature below.
-constexpr int kCudaInterface = 4;
+constexpr int kCudaInterface = 5;
 
 // Rows that one call of a sum takes.
 constexpr int kMaxRows = 128;
@@ -31,6 +31,13 @@ COMMKIT_API int ck_cuda_encode_signs_compensated(const void *g, int dtype, int64
                                                  const float *residual, float *sum, float decay,
                                                  const float *sent, uint8_t *bits, float *mean,
                                                  void *workspace, void *stream);
+
+// The same without decay, where g is the sum that ck_cuda_sum_signs would write, which goes to no
+// memory of its own.
+COMMKIT_API int ck_cuda_reencode_signs(float *sum, int64_t n, const uint8_t *const *row_bits,
+                                       const float *row_scales, int rows, const float *residual,
+                                       const float *sent, uint8_t *bits, float *mean,
+                                       void *workspace, void *stream);
 
 COMMKIT_API int ck_cuda_sum_signs(float *out, int64_t n, const uint8_t *const *bits,
                                   const float *scales, int rows, int accumulate, void *stream);

@@ -31,13 +31,9 @@ GPU_INLINE void compensate_tile(const Feedback &feedback, int64_t n, int64_t til
   store_tile<kWhole>(feedback.sum, n, tile, v, false);
 }
 
-template <bool kWhole, class T>
-GPU_INLINE double encode_tile(const T *x, int64_t n, const Feedback &feedback, int64_t tile,
-                              uint8_t *bits) {
-  Tile v;
-  load_tile<kWhole>(x, n, tile, v);
-  if (feedback.residual)
-    compensate_tile<kWhole>(feedback, n, tile, v);
+// Writes its signs; returns the thread's share of the sum of |v|.
+template <bool kWhole>
+GPU_INLINE double pack_tile(const Tile &v, int64_t n, int64_t tile, uint8_t *bits) {
   uint32_t nibbles[kQuads];
   double sum = 0;
 #pragma unroll
@@ -59,19 +55,19 @@ GPU_INLINE double encode_tile(const T *x, int64_t n, const Feedback &feedback, i
   return sum;
 }
 
+template <bool kWhole, class T>
+GPU_INLINE double encode_tile(const T *x, int64_t n, const Feedback &feedback, int64_t tile,
+                              uint8_t *bits) {
+  Tile v;
+  load_tile<kWhole>(x, n, tile, v);
+  if (feedback.residual)
+    compensate_tile<kWhole>(feedback, n, tile, v);
+  return pack_tile<kWhole>(v, n, tile, bits);
+}
+
 // Partial sums belong to blocks of a fixed size, and are added in a fixed order.
-template <bool kSum, class T>
-__global__ void encode(const T *x, int64_t n, Feedback feedback, uint8_t *bits, bool vectors,
-                       double *sums) {
+GPU_INLINE void keep_sum(double sum, double *sums) {
   __shared__ double warps[kWarps];
-  const int64_t tile = tile_begin();
-  double sum = 0;
-  if (vectors && tile + kTile <= n)
-    sum = encode_tile<true>(x, n, feedback, tile, bits);
-  else if (tile < n)
-    sum = encode_tile<false>(x, n, feedback, tile, bits);
-  if (!kSum)
-    return;
   sum = warp_sum(sum);
   if (lane_id() == 0)
     warps[warp_id()] = sum;
@@ -82,6 +78,19 @@ __global__ void encode(const T *x, int64_t n, Feedback feedback, uint8_t *bits, 
       total += warps[w];
     sums[block_id()] = total;
   }
+}
+
+template <bool kSum, class T>
+__global__ void encode(const T *x, int64_t n, Feedback feedback, uint8_t *bits, bool vectors,
+                       double *sums) {
+  const int64_t tile = tile_begin();
+  double sum = 0;
+  if (vectors && tile + kTile <= n)
+    sum = encode_tile<true>(x, n, feedback, tile, bits);
+  else if (tile < n)
+    sum = encode_tile<false>(x, n, feedback, tile, bits);
+  if (kSum)
+    keep_sum(sum, sums);
 }
 
 constexpr int kFinish = 1024;
@@ -104,9 +113,8 @@ __global__ void finish_mean(const double *sums, int64_t count, int64_t n, float 
 }
 
 template <bool kWhole>
-GPU_INLINE void sum_tile(float *out, int64_t n, int64_t tile, const Rows &rows, const float *scales,
-                         int count, bool accumulate) {
-  Tile sum;
+GPU_INLINE void sum_rows(int64_t n, int64_t tile, const Rows &rows, const float *scales, int count,
+                         Tile &sum) {
 #pragma unroll
   for (int u = 0; u < kQuads; ++u)
 #pragma unroll
@@ -127,7 +135,34 @@ GPU_INLINE void sum_tile(float *out, int64_t n, int64_t tile, const Rows &rows, 
         sum[u][k] += loops::float_of(minus ^ (nibble >> k << 31));
     }
   }
+}
+
+template <bool kWhole>
+GPU_INLINE void sum_tile(float *out, int64_t n, int64_t tile, const Rows &rows, const float *scales,
+                         int count, bool accumulate) {
+  Tile sum;
+  sum_rows<kWhole>(n, tile, rows, scales, count, sum);
   store_tile<kWhole>(out, n, tile, sum, accumulate);
+}
+
+template <bool kWhole>
+GPU_INLINE double reencode_tile(int64_t n, const Rows &rows, const float *scales, int count,
+                                const Feedback &feedback, int64_t tile, uint8_t *bits) {
+  Tile v;
+  sum_rows<kWhole>(n, tile, rows, scales, count, v);
+  compensate_tile<kWhole>(feedback, n, tile, v);
+  return pack_tile<kWhole>(v, n, tile, bits);
+}
+
+__global__ void reencode(int64_t n, Rows rows, const float *scales, int count, Feedback feedback,
+                         uint8_t *bits, bool vectors, double *sums) {
+  const int64_t tile = tile_begin();
+  double sum = 0;
+  if (vectors && tile + kTile <= n)
+    sum = reencode_tile<true>(n, rows, scales, count, feedback, tile, bits);
+  else if (tile < n)
+    sum = reencode_tile<false>(n, rows, scales, count, feedback, tile, bits);
+  keep_sum(sum, sums);
 }
 
 __global__ void sum(float *out, int64_t n, Rows rows, const float *scales, int count,
@@ -182,16 +217,46 @@ int ck_cuda_encode_signs_compensated(const void *g, int dtype, int64_t n, const 
   return encode_all(g, dtype, n, {residual, sum, decay, sent}, bits, mean, workspace, stream);
 }
 
+namespace {
+
+// Copies their addresses; returns whether all are aligned.
+bool take_rows(const uint8_t *const *bits, int rows, Rows &own) {
+  bool aligned = true;
+  for (int r = 0; r < rows; ++r) {
+    own.bits[r] = bits[r];
+    aligned = aligned && is_aligned<4>(bits[r]);
+  }
+  return aligned;
+}
+
+} // namespace
+
+int ck_cuda_reencode_signs(float *sum, int64_t n, const uint8_t *const *row_bits,
+                           const float *row_scales, int rows, const float *residual,
+                           const float *sent, uint8_t *bits, float *mean, void *workspace,
+                           void *stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const auto sums = static_cast<double *>(workspace);
+  const int64_t blocks = blocks_for(n);
+  if (blocks) {
+    Rows own = {};
+    const bool vectors = take_rows(row_bits, rows, own) && is_aligned<4>(bits) &&
+                         is_aligned<4>(residual) && is_aligned<4>(sum);
+    const Feedback feedback = {residual, sum, 1.0f, sent};
+    const int code = GPU_LAUNCH(reencode, blocks, kThreads, queue, n, own, row_scales, rows,
+                                feedback, bits, vectors, sums);
+    if (code)
+      return code;
+  }
+  return GPU_LAUNCH(finish_mean, 1, kFinish, queue, sums, blocks, n, mean);
+}
+
 int ck_cuda_sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *scales,
                       int rows, int accumulate, void *stream) {
   if (n == 0)
     return 0;
   Rows own = {};
-  bool vectors = is_aligned<4>(out);
-  for (int r = 0; r < rows; ++r) {
-    own.bits[r] = bits[r];
-    vectors = vectors && is_aligned<4>(bits[r]);
-  }
+  const bool vectors = take_rows(bits, rows, own) && is_aligned<4>(out);
   return GPU_LAUNCH(sum, blocks_for(n), kThreads, static_cast<cudaStream_t>(stream), out, n, own,
                     scales, rows, accumulate != 0, vectors);
 }
