@@ -52,8 +52,8 @@ PROBED_BATCH = 4
 FEWEST = 6  # steps of which a median means something
 FEWEST_SLOW = 2  # where all are alike, as plain DDP's are that wait for the link
 GRID = "grid"
-# The folder of the probes of a comparison's machine and day, by how its name begins.
-ALONGSIDE = {GRID: GRID, "sign_2_nodes": GRID, "systems_4_nodes": GRID, "more": "more"}
+# Comparisons of the machine and the day of the grid's probes.
+ALONGSIDE = (GRID, "sign_2_nodes", "systems_4_nodes")
 SKIPPED = {
     "torch_powersgd": "torch's own hook",
     "torch:powersgd": "torch's own hook",
@@ -200,8 +200,8 @@ def probe_of(folder: Path, ranks: int) -> Probe:
 
 def probe_for(probes: Path, cell: Cell) -> Probe:
     """The probe of the machine and the time of the cell, as near as there is one."""
-    own = (folder for start, folder in ALONGSIDE.items() if cell.comparison.startswith(start))
-    return probe_of(probes / next(own, ""), cell.setting["nodes"] * cell.setting["ranks_per_node"])
+    folder = probes / GRID if cell.comparison.startswith(ALONGSIDE) else probes
+    return probe_of(folder, cell.setting["nodes"] * cell.setting["ranks_per_node"])
 
 
 def row_of(cell: Cell, found: Prediction) -> dict[str, Any]:
