@@ -110,7 +110,8 @@ void ck_foreach_encode_signs(uint8_t *bits, float *scales, const void *const *xs
   Means means(chunks);
   chunks.each(threads, [&](int64_t i, int64_t begin, int64_t end, int64_t byte) {
     const float taken = sent ? sent[i] : 0.0f; // and taking nothing changes not a bit
-    const bool elsewhere = stream && sums[i] != residuals[i]; // in place, the lines are there already
+    // In place, the lines are in the caches already.
+    const bool elsewhere = stream && sums[i] != residuals[i];
     Input(xs[i], dtypes[i], t).each(begin, end, [&](const float *piece, int64_t at, int64_t n) {
       uint8_t *to = bits + byte + (at - begin) / 8;
       means.of(i, at) = residuals ? t.compensate_and_encode(residuals[i] + at, piece, sums[i] + at,
@@ -124,10 +125,10 @@ void ck_foreach_encode_signs(uint8_t *bits, float *scales, const void *const *xs
 }
 
 void ck_foreach_reencode_signs(uint8_t *bits, float *scales, const float *row_scales,
-                                     const uint8_t *const *row_bits, int rows,
-                                     const float *const *residuals, float *const *sums,
-                                     const int64_t *sizes, int64_t count, const float *sent,
-                                     int threads) {
+                               const uint8_t *const *row_bits, int rows,
+                               const float *const *residuals, float *const *sums,
+                               const int64_t *sizes, int64_t count, const float *sent,
+                               int threads) {
   const Table &t = table();
   const Chunks chunks(sizes, count);
   const bool stream = chunks.elements() >= kBeyondCaches;
