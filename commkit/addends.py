@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .ops import accumulate_signs_, pack_signs
 from .types import Aggregated, Comm, Compressor, Payload, TensorCtx
 
 
@@ -28,13 +29,12 @@ class Debt:
         """Take all of it from the contiguous ``residual``; then nothing is owed any more."""
         for (start, end), mean in zip(self._spans(residual), self.means.values(), strict=True):
             part = residual.view(-1)[start:end]
-            part.sub_(torch.where(part >= 0, mean, -mean))
+            accumulate_signs_(part, [pack_signs(part)], -mean)
         self.means = {}
 
     def squares(self, residual: Tensor) -> float:
-        """By how much the square of the 2-norm falls when it is taken: ``n m^2`` of each part of n elements."""
-        if not self.means:
-            return 0.0
+        """By how much the square of the 2-norm falls when it is taken, if there is any: ``n m^2`` of each part of n
+        elements."""
         counts = torch.tensor([end - start for start, end in self._spans(residual)])
         means = torch.cat(list(self.means.values())).cpu().double()
         return float((counts * means.square()).sum())

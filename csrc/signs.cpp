@@ -33,16 +33,5 @@ void ck_encode_signs(const void *x, int dtype, int64_t n, uint8_t *bits, double 
 
 void ck_sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *scales, int rows,
                   int accumulate, int threads) {
-  const Table &t = table();
-  const int64_t chunks = (n + kChunk - 1) / kChunk;
-  const bool stream = !accumulate && n >= kBeyondCaches;
-  parallel_for(chunks, kChunk, threads, [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * kChunk, to = std::min(n, end * kChunk);
-    std::vector<const uint8_t *> own(bits, bits + rows);
-    for (auto &row : own)
-      row += from / 8;
-    t.sum_signs(out + from, to - from, own.data(), scales, rows, accumulate != 0, stream);
-    if (stream)
-      t.drain();
-  });
+  ck_foreach_sum_signs(scales, bits, rows, &out, &n, 1, accumulate, threads);
 }

@@ -78,15 +78,19 @@ def update_feedback(
         return
     pairs = list(zip(outgoing, outcomes, strict=True))
     if isinstance(feedback, ErrorFeedback):
-        later = [_debt(each, outcome) for each, outcome in pairs]
-        now = [i for i, debt in enumerate(later) if debt is None]
-        taken = take_sent([outcomes[i] for i in now], [outgoing[i].delta for i in now])
-        done = dict(zip(now, taken, strict=True))
-        for i, (key, (each, outcome)) in enumerate(zip(keys, pairs, strict=True)):
-            if done.get(i, True):
-                feedback.stage(key, each.delta, later[i])
+        now = []
+        for key, (each, outcome) in zip(keys, pairs, strict=True):
+            debt = _debt(each, outcome)
+            if debt is None:
+                now.append((key, each.delta, outcome))
             else:
-                feedback.update(each.delta, outcome.sent, key)
+                feedback.stage(key, each.delta, debt)
+        taken = take_sent([outcome for *_, outcome in now], [delta for _, delta, _ in now])
+        for (key, delta, outcome), done in zip(now, taken, strict=True):
+            if done:
+                feedback.stage(key, delta)
+            else:
+                feedback.update(delta, outcome.sent, key)
         return
     for key, (each, outcome) in zip(keys, pairs, strict=True):
         if each.payload is None:

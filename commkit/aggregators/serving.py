@@ -55,11 +55,13 @@ def serve(
                 salt,
             )
         payloads |= zip(parts, made, strict=True)
-        debts = {i: debt_of(compressor, {0: payloads[i]}) for i in parts}
-        for i, debt in debts.items():
-            if debt is not None:
+        now = []
+        for i in parts:
+            debt = debt_of(compressor, {0: payloads[i]})
+            if debt is None:
+                now.append(i)
+            else:
                 feedback.stage(ctxs[i].key, sums[i], debt)
-        now = [i for i, debt in debts.items() if debt is None]
         update_with_payloads(
             feedback,
             [sums[i] for i in now],

@@ -4,7 +4,6 @@ so that a server's state survives any change of DDP's buckets."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,14 +53,6 @@ def shards_of(index: int, ctx: TensorCtx, world_size: int, granule: int) -> list
         Shard(index, start, numel, owner, _part(ctx, start, numel))
         for start, numel, owner in spans_of(ctx.key, ctx.numel, world_size, granule)
     ]
-
-
-def by_tensor(shards: Iterable[Shard], count: int) -> list[list[Shard]]:
-    """Those of each of ``count`` tensors."""
-    groups: list[list[Shard]] = [[] for _ in range(count)]
-    for shard in shards:
-        groups[shard.index].append(shard)
-    return groups
 
 
 def shard_key(key: str, start: int) -> str:

@@ -27,7 +27,7 @@ from .exchange import Exchange
 from .health import health
 from .outcome import Decoded, Part
 from .serving import serve
-from .sharding import Shard, by_tensor, shard_key, shards_of, spans_of
+from .sharding import Shard, shard_key, shards_of, spans_of
 from .summing import compress_sums
 
 
@@ -91,49 +91,46 @@ class TwoShot:
         comm: Comm,
     ) -> list[Aggregated]:
         self._deal_whole(comm)
-        shards = [
-            s
-            for i, ctx in enumerate(ctxs)
-            for s in shards_of(i, ctx, comm.world_size, self.granule)
-        ]
+        of_each = [shards_of(i, ctx, comm.world_size, self.granule) for i, ctx in enumerate(ctxs)]
         with profiler_range("compress"):
-            payloads = self._compress(shards, sums, addends, comm.rank)
+            payloads = self._compress(of_each, sums, addends, comm.rank)
         device = ctxs[0].device
         # A pass over every gradient, where no payload tells what it would find.
         inputs = [] if self.compressor.shows_nonfinite else sums
         flag = health([*inputs, *(t for payload in payloads.values() for t in payload)], device)
-        exchange = Exchange(shards, comm)
+        exchange = Exchange(list(payloads), comm)
         received = exchange.to_owners(payloads, flag)
         with profiler_range("serve"):
             mine = [shard.ctx for shard in exchange.served_by(comm.rank)]
-            of_each = list(zip(*received, strict=True))
+            of_ranks = list(zip(*received, strict=True))
             # ~rank: rounding must be independent of the first stage's.
-            combined = serve(self.server_feedback, self.compressor, of_each, mine, ~comm.rank)
+            combined = serve(self.server_feedback, self.compressor, of_ranks, mine, ~comm.rank)
         means = exchange.to_all(
             combined, payloads, health((t for p in combined for t in p), device)
         )
-        parts = [
-            [Part(s.start, s.ctx, [means[s]], payloads[s]) for s in of_tensor]
-            for of_tensor in by_tensor(shards, len(ctxs))
-        ]
         return [
-            Decoded(self.compressor, ctx, own, comm.world_size)
-            for ctx, own in zip(ctxs, parts, strict=True)
+            Decoded(
+                self.compressor,
+                ctx,
+                [Part(s.start, s.ctx, [means[s]], payloads[s]) for s in own],
+                comm.world_size,
+            )
+            for ctx, own in zip(ctxs, of_each, strict=True)
         ]
 
     def _compress(
         self,
-        shards: Sequence[Shard],
+        of_each: Sequence[Sequence[Shard]],
         sums: Sequence[Tensor],
         addends: Sequence[Addends | None],
         rank: int,
     ) -> dict[Shard, Payload]:
+        shards = [s for own in of_each for s in own]
         flats = [x.reshape(-1) for x in sums]
         parts: dict[Shard, AddendsPart] = {}
-        for own, of_tensor in zip(addends, by_tensor(shards, len(sums)), strict=True):
-            if own is not None:
-                spans = [(s.start, s.end) for s in of_tensor]
-                parts |= zip(of_tensor, own.parts(spans), strict=True)
+        for pair, own in zip(addends, of_each, strict=True):
+            if pair is not None:
+                parts |= zip(own, pair.parts([(s.start, s.end) for s in own]), strict=True)
         made = compress_sums(
             self.compressor,
             [s.of(flats[s.index]) for s in shards],
