@@ -1,10 +1,12 @@
 """The cost model beside the lab: predicted over measured step times of the committed comparisons.
 
-What a step takes to compute is the measured step of ``noop`` in the same comparison; the rate is the link's nominal one.
+What a step takes to compute is the measured step of ``noop`` in the same comparison.
 Latency, what collectives and compression take, and the processor time of sending come from probes that were made in labs
-of as many nodes (``results/probes/N_nodes.json``, written by ``commkit probe``; for the grid of nodes and rates and what was
-compared along with it, of the same machine and day, ``results/probes/grid``); since a machine's other load differs from day
-to day, processor times are multiplied by the comparison's ``noop`` step over the probe's. Nothing is fitted to a cell.
+of as many nodes, written by ``commkit probe``: where there is one of the comparison's own rate, as a user would make it
+(``results/probes/FOLDER/N_nodes_RATE.json``), the link is what it found; else it is the nominal one, and the rest comes from
+a lab of another rate (``N_nodes.json``). ``ALONGSIDE`` says which folder is of a comparison's machine and day; since a
+machine's other load differs, processor times are multiplied by the comparison's ``noop`` step over the probe's. Nothing is
+fitted to a cell.
 
     python benchmarks/predicted.py [--probes DIR] [--json FILE]
 """
@@ -51,9 +53,8 @@ SYNC_EVERY = 64
 PROBED_BATCH = 4
 FEWEST = 6  # steps of which a median means something
 FEWEST_SLOW = 2  # where all are alike, as plain DDP's are that wait for the link
-GRID = "grid"
-# Comparisons of the machine and the day of the grid's probes.
-ALONGSIDE = (GRID, "sign_2_nodes", "systems_4_nodes")
+# The folder of the probes that were made on the machine and the day of comparisons whose names begin so.
+ALONGSIDE = {"grid": "grid", "systems_4_nodes": "grid"}
 SKIPPED = {
     "torch_powersgd": "torch's own hook",
     "torch:powersgd": "torch's own hook",
@@ -149,12 +150,16 @@ class Cell:
         each = (found.step_s - found.optimizer_s) / PROBED_BATCH
         return self.noop_s / (found.optimizer_s + each * self.batch)
 
-    def predicted(self, probe: Probe) -> Prediction:
+    def predicted(self, probe: Probe, own_link: bool) -> Prediction:
+        """
+        Args:
+            own_link: the probe was made over the comparison's links.
+        """
         question = Question(
             probe,
             nodes=self.setting["nodes"],
             ranks_per_node=self.setting["ranks_per_node"],
-            link=self.setting["link"],
+            link=None if own_link else self.setting["link"],
         )
         slower, cluster = self.speed(probe), question.cluster
         timed = [self.scheme, *filter(None, [REDUCERS.get(self.name)])]
@@ -192,16 +197,19 @@ def cells(path: Path) -> list[Cell]:
     ]
 
 
-@cache
-def probe_of(folder: Path, ranks: int) -> Probe:
-    """Made in a lab where as many ranks shared the machine."""
-    return load_probe(folder / f"{ranks}_nodes.json")
+probe_at = cache(load_probe)
 
 
-def probe_for(probes: Path, cell: Cell) -> Probe:
-    """The probe of the machine and the time of the cell, as near as there is one."""
-    folder = probes / GRID if cell.comparison.startswith(ALONGSIDE) else probes
-    return probe_of(folder, cell.setting["nodes"] * cell.setting["ranks_per_node"])
+def probe_for(probes: Path, cell: Cell) -> tuple[Probe, bool]:
+    """The probe of the machine and the time of the cell, as near as there is one; and whether it is of its links."""
+    ranks = cell.setting["nodes"] * cell.setting["ranks_per_node"]
+    folder = next(
+        (probes / f for name, f in ALONGSIDE.items() if cell.comparison.startswith(name)), probes
+    )
+    own = folder / f"{ranks}_nodes_{cell.setting['link']}.json"
+    return (
+        (probe_at(own), True) if own.exists() else (probe_at(folder / f"{ranks}_nodes.json"), False)
+    )
 
 
 def row_of(cell: Cell, found: Prediction) -> dict[str, Any]:
@@ -249,7 +257,7 @@ def measure(options: argparse.Namespace) -> Result:
                     {"comparison": path.stem, "scheme": cell.name, "note": cell.note}
                 )
                 continue
-            prediction = cell.predicted(probe_for(options.probes, cell))
+            prediction = cell.predicted(*probe_for(options.probes, cell))
             rows.append(row_of(cell, prediction))
             found[cell.name] = (cell, prediction)
         if len({cell.scheme for cell, _ in found.values()}) > 1 and PLAIN in found:

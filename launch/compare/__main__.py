@@ -24,6 +24,7 @@ from launch.compare import plan, report
 from launch.compare.analyse import compare
 from launch.compare.execute import Executor, Outcome
 from launch.netlab import Lab, LabError, enter_if_needed
+from launch.netlab.namespaces import CONGESTION_CONTROL
 from launch.netlab.rates import NO_LINK
 
 
@@ -63,6 +64,8 @@ class Arguments:
     """Of the delay, such as 2ms; needs netem."""
     loss: str | None = None
     """Share of packets lost, such as 0.1%; needs netem."""
+    congestion_control: str = CONGESTION_CONTROL
+    """Of TCP between nodes, by the kernel's name."""
     deadline: float | None = None
     """Seconds for one run. If not given: an hour, and once plain DDP has run, eight times its time
     and two minutes."""
@@ -141,6 +144,7 @@ def run(
         delay=arguments.delay,
         jitter=arguments.jitter,
         loss=arguments.loss,
+        congestion_control=arguments.congestion_control,
         name=lab_name(),
         ranks_per_node=arguments.ranks_per_node,
     )

@@ -18,6 +18,7 @@ from launch.netlab.errors import DeadlineError, LabError
 from launch.netlab.faults import FaultPlan
 from launch.netlab.lab import RANK_MEGABYTES, Lab
 from launch.netlab.leftovers import Record, clean, find_labs
+from launch.netlab.namespaces import CONGESTION_CONTROL
 from launch.netlab.rates import NO_LINK
 from launch.netlab.userns import enter_if_needed
 
@@ -66,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--delay", help="one way, such as 20ms; needs netem")
     run.add_argument("--jitter", help="variation of the delay, such as 2ms; needs netem")
     run.add_argument("--loss", help="share of packets lost, such as 0.1%%; needs netem")
+    run.add_argument(
+        "--congestion-control", default=CONGESTION_CONTROL, help=f"TCP's ({CONGESTION_CONTROL})"
+    )
     run.add_argument("--name", default="commkit", help="prefix of the namespaces (commkit)")
     run.add_argument("--ranks-per-node", type=int, default=1, help="NPROC of torchrun.sh (1)")
     run.add_argument("--rank-megabytes", type=float, default=RANK_MEGABYTES, help="memory check")
@@ -94,6 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
         delay=arguments.delay,
         jitter=arguments.jitter,
         loss=arguments.loss,
+        congestion_control=arguments.congestion_control,
         name=arguments.name,
         ranks_per_node=arguments.ranks_per_node,
         rank_megabytes=arguments.rank_megabytes,

@@ -12,7 +12,7 @@ from launch.netlab.commands import Commands
 from launch.netlab.counters import Counters
 from launch.netlab.errors import LabError
 from launch.netlab.faults import Slowdown
-from launch.netlab.namespaces import Namespaces
+from launch.netlab.namespaces import CONGESTION_CONTROL, Namespaces
 from launch.netlab.network import Loopback, Network
 from launch.netlab.rates import parse_link
 from launch.netlab.shaping import Impairment
@@ -36,6 +36,7 @@ class Lab(Commands):
         delay: one way (``"20ms"``). Needs netem, as jitter and loss do.
         jitter: most that the delay varies by (``"2ms"``).
         loss: share of packets lost (``"0.1%"``).
+        congestion_control: of TCP between nodes; one of the kernel's ``tcp_available_congestion_control``.
         name: prefix of the namespaces; labs of different names can exist side by side.
         ranks_per_node: for the check that there is memory.
         rank_megabytes: for the same, 10^6 bytes per rank.
@@ -53,6 +54,7 @@ class Lab(Commands):
         delay: str | None = None,
         jitter: str | None = None,
         loss: str | None = None,
+        congestion_control: str = CONGESTION_CONTROL,
         name: str = "commkit",
         ranks_per_node: int = 1,
         rank_megabytes: float = RANK_MEGABYTES,
@@ -61,7 +63,7 @@ class Lab(Commands):
             if value < 1:
                 raise ValueError(f"{field}: got {value}, but at least 1 is needed; raise it")
         self._impairment = Impairment.parse(delay, jitter, loss)
-        super().__init__(_network(name, nodes, link, self._impairment))
+        super().__init__(_network(name, nodes, link, self._impairment, congestion_control))
         _check_memory(nodes, ranks_per_node, rank_megabytes)
         self._slowdowns: dict[int, Slowdown] = {}
         self._guard = SignalGuard()
@@ -173,10 +175,16 @@ class Lab(Commands):
             slowdown.end()
 
 
-def _network(name: str, nodes: int, link: str | Sequence[str], impairment: Impairment) -> Network:
+def _network(
+    name: str,
+    nodes: int,
+    link: str | Sequence[str],
+    impairment: Impairment,
+    congestion_control: str,
+) -> Network:
     rates = parse_link(link, nodes)
     if rates is not None:
-        return Namespaces(name, rates, impairment)
+        return Namespaces(name, rates, impairment, congestion_control)
     if impairment:
         raise ValueError(f"link: got 'none', which has no {impairment}; give a rate, or no delay")
     return Loopback(name, nodes)
