@@ -19,6 +19,7 @@ from report import Result, Target, main
 from commkit import ops
 from commkit.compressors import TopK
 from commkit.compressors.dct_topk import dct_basis
+from commkit.compressors.dynamic_tree import dynamic_levels
 from commkit.feedback import MomentumCorrection
 from commkit.ops import native, reference
 from commkit.types import TensorCtx
@@ -88,6 +89,9 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
             ),
         }
 
+    levels = dynamic_levels(x.device)
+    leaves, sizes = ops.quantize_codebook(x, levels, BLOCK, False, 0)
+    powers, top = ops.quantize_natural(x, 1)
     e3m0, peaks = ops.quantize_e3m0(x, BLOCK, False, 0)
     u, v, d = torch.zeros(n), torch.ones(n), x.abs().add_(0.1)
     after = torch.zeros(n), torch.zeros(n)
@@ -121,6 +125,13 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
         "E3M0 quantise": lambda: module.quantize_e3m0(x, BLOCK, False, 0),
         "E3M0 quantise, stochastic": lambda: module.quantize_e3m0(x, BLOCK, True, 1),
         "E3M0 dequantise": lambda: module.write_e3m0_(out, [e3m0], [peaks], BLOCK, 1),
+        "8-bit tree quantise": lambda: module.quantize_codebook(x, levels, BLOCK, False, 0),
+        "8-bit tree quantise, stochastic": lambda: module.quantize_codebook(
+            x, levels, BLOCK, True, 1
+        ),
+        "8-bit tree dequantise": lambda: module.dequantize_codebook(leaves, levels, sizes, BLOCK),
+        "natural quantise": lambda: module.quantize_natural(x, 1),
+        "natural dequantise": lambda: module.dequantize_natural(powers, top, x.dtype),
         "ternarise": lambda: module.ternarize(x, largest, 1),
         "ternary pack": lambda: module.pack_ternary(ternary),
         f"ternary unpack-accumulate of {PEERS} peers": lambda: module.accumulate_blocks_(

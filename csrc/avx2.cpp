@@ -198,33 +198,101 @@ COMMKIT_TARGET inline __m256i xor_shifted(__m256i h, int by) {
   return _mm256_xor_si256(h, _mm256_srli_epi32(h, by));
 }
 
+// Eight consecutive hashes of loops::hash24, as floats; keyed: the indices plus the first key.
+COMMKIT_TARGET inline __m256 hashed(__m256i keyed, __m256i second) {
+  const __m256i m1 = _mm256_set1_epi32(0x7FEB352D);
+  const __m256i m2 = _mm256_set1_epi32(static_cast<int32_t>(0x846CA68Bu));
+  __m256i h = _mm256_mullo_epi32(xor_shifted(keyed, 16), m1);
+  h = _mm256_mullo_epi32(xor_shifted(_mm256_add_epi32(h, second), 15), m2);
+  // (h ^ h >> 16) >> 8
+  return _mm256_cvtepi32_ps(_mm256_xor_si256(_mm256_srli_epi32(h, 8), _mm256_srli_epi32(h, 24)));
+}
+
+COMMKIT_TARGET inline __m256i first_eight(uint32_t at) {
+  return _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(at)),
+                          _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
 COMMKIT_TARGET void round_randomly(const float *x, int64_t n, float inverse, float top,
                                    const uint32_t *keys, uint32_t first, int8_t *codes) {
   const __m256 factor = _mm256_set1_ps(inverse), unit = _mm256_set1_ps(0x1p-24f);
   const __m256i limit = _mm256_set1_epi8(static_cast<int8_t>(top));
   const __m256i second = _mm256_set1_epi32(static_cast<int32_t>(keys[1]));
-  const __m256i m1 = _mm256_set1_epi32(0x7FEB352D);
-  const __m256i m2 = _mm256_set1_epi32(static_cast<int32_t>(0x846CA68Bu));
-  __m256i index = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(first + keys[0])),
-                                   _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  __m256i index = first_eight(first + keys[0]);
   const int64_t whole = n - n % 32;
   for (int64_t i = 0; i < whole; i += 32) {
     __m256i c[4];
     for (int j = 0; j < 4; ++j) {
-      __m256i h = _mm256_mullo_epi32(xor_shifted(index, 16), m1);
-      index = _mm256_add_epi32(index, _mm256_set1_epi32(8));
-      h = _mm256_mullo_epi32(xor_shifted(_mm256_add_epi32(h, second), 15), m2);
-      // (h ^ h >> 16) >> 8
-      h = _mm256_xor_si256(_mm256_srli_epi32(h, 8), _mm256_srli_epi32(h, 24));
       // The noise is an exact product, so that fusing it into the sum rounds nothing away.
-      const __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(h), unit,
+      const __m256 y = _mm256_fmadd_ps(hashed(index, second), unit,
                                        _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor));
+      index = _mm256_add_epi32(index, _mm256_set1_epi32(8));
       c[j] = _mm256_cvtps_epi32(_mm256_floor_ps(y));
     }
     store_codes(c, limit, codes + i);
   }
   loops::round_randomly(x + whole, n - whole, inverse, top, keys,
                         first + static_cast<uint32_t>(whole), codes + whole);
+}
+
+// A step of a search: past so many bounds where the one at their end is below y, or not above it.
+template <int kCompare>
+COMMKIT_TARGET inline __m256i past(__m256i place, __m256 bound, __m256 y, int step) {
+  const __m256i hit = _mm256_castps_si256(_mm256_cmp_ps(bound, y, kCompare));
+  return _mm256_add_epi32(place, _mm256_and_si256(hit, _mm256_set1_epi32(step)));
+}
+
+template <bool kRandom>
+COMMKIT_TARGET void round_to_levels_as(const float *x, int64_t n, float divisor,
+                                       const Codebook &book, const uint32_t *keys, uint32_t first,
+                                       uint8_t *codes) {
+  constexpr int kCompare = kRandom ? _CMP_LE_OQ : _CMP_LT_OQ;
+  const float *b = book.bounds;
+  // The bounds that the first three steps ask for.
+  const __m256 pivots = _mm256_setr_ps(b[31], b[63], b[95], b[127], b[159], b[191], b[223], b[255]);
+  const __m256 by = _mm256_set1_ps(divisor), unit = _mm256_set1_ps(0x1p-24f);
+  const __m256i one = _mm256_set1_epi32(1), last = _mm256_set1_epi32(book.count - 2);
+  const __m256i second = _mm256_set1_epi32(kRandom ? static_cast<int32_t>(keys[1]) : 0);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  __m256i index = first_eight(kRandom ? first + keys[0] : 0);
+  const int64_t whole = n - n % 32;
+  for (int64_t i = 0; i < whole; i += 32) {
+    __m256i c[4];
+    for (int j = 0; j < 4; ++j) {
+      const __m256 y = _mm256_div_ps(_mm256_loadu_ps(x + i + 8 * j), by);
+      __m256i place = past<kCompare>(_mm256_setzero_si256(), _mm256_set1_ps(b[127]), y, 128);
+      __m256i pivot = _mm256_add_epi32(_mm256_srli_epi32(place, 5), one);
+      place = past<kCompare>(place, _mm256_permutevar8x32_ps(pivots, pivot), y, 64);
+      pivot = _mm256_srli_epi32(place, 5);
+      place = past<kCompare>(place, _mm256_permutevar8x32_ps(pivots, pivot), y, 32);
+      for (int step = 16; step; step /= 2)
+        place = past<kCompare>(place, _mm256_i32gather_ps(b + step - 1, place, 4), y, step);
+      if (kRandom) {
+        place = _mm256_sub_epi32(place, one);
+        place = _mm256_min_epi32(_mm256_max_epi32(place, _mm256_setzero_si256()), last);
+        const __m256 lower = _mm256_i32gather_ps(book.levels, place, 4);
+        const __m256 gap = _mm256_sub_ps(_mm256_i32gather_ps(book.levels + 1, place, 4), lower);
+        const __m256 noise = _mm256_mul_ps(hashed(index, second), unit);
+        index = _mm256_add_epi32(index, _mm256_set1_epi32(8));
+        place = past<_CMP_LT_OQ>(place, _mm256_mul_ps(noise, gap), _mm256_sub_ps(y, lower), 1);
+      }
+      c[j] = place;
+    }
+    const __m256i packed =
+        _mm256_packus_epi16(_mm256_packus_epi32(c[0], c[1]), _mm256_packus_epi32(c[2], c[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes + i),
+                        _mm256_permutevar8x32_epi32(packed, order));
+  }
+  loops::round_to_levels(x + whole, n - whole, divisor, book, keys,
+                         first + static_cast<uint32_t>(whole), codes + whole);
+}
+
+COMMKIT_TARGET void round_to_levels(const float *x, int64_t n, float divisor, const Codebook &book,
+                                    const uint32_t *keys, uint32_t first, uint8_t *codes) {
+  if (book.random)
+    round_to_levels_as<true>(x, n, divisor, book, keys, first, codes);
+  else
+    round_to_levels_as<false>(x, n, divisor, book, keys, first, codes);
 }
 
 COMMKIT_TARGET int64_t select(const float *x, int64_t n, float threshold, int64_t first,
@@ -367,13 +435,14 @@ COMMKIT_TARGET void widen_float16(const uint16_t *x, int64_t n, float *out) {
 }
 
 const Table kTable = {
-    "avx2",       pack_signs,        encode_signs,       compensate_and_encode, sum_signs,
-    peak,         round_nearest,     round_randomly,     round_e3m0,
-    pack_nibbles, unpack_nibbles,    scale_codes,        add_scaled_codes,
-    scale_levels, add_scaled_levels, add,                noise,
-    ternarize,    pack_ternary,      unpack_ternary,     select,
-    lane_peaks,   correct_momentum,  correct_and_select, drain,
-    frozen_adam,  mix_rows,          widen_bfloat16,     widen_float16};
+    "avx2",          pack_signs,        encode_signs,       compensate_and_encode, sum_signs,
+    peak,            round_nearest,     round_randomly,     round_e3m0,
+    pack_nibbles,    unpack_nibbles,    scale_codes,        add_scaled_codes,
+    scale_levels,    add_scaled_levels, add,                noise,
+    ternarize,       pack_ternary,      unpack_ternary,     extremes,
+    round_to_levels, round_to_powers,   look_up,            select,
+    lane_peaks,      correct_momentum,  correct_and_select, drain,
+    frozen_adam,     mix_rows,          widen_bfloat16,     widen_float16};
 
 } // namespace
 

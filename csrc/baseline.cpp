@@ -27,6 +27,10 @@ void round_randomly(const float *x, int64_t n, float inverse, float top, const u
                     uint32_t first, int8_t *codes) {
   loops::round_randomly(x, n, inverse, top, keys, first, codes);
 }
+void round_to_levels(const float *x, int64_t n, float divisor, const Codebook &book,
+                     const uint32_t *keys, uint32_t first, uint8_t *codes) {
+  loops::round_to_levels(x, n, divisor, book, keys, first, codes);
+}
 int64_t select(const float *x, int64_t n, float threshold, int64_t first, int64_t *out) {
   return loops::select(x, 0, n, threshold, first, out);
 }
@@ -45,13 +49,14 @@ void mix_rows(const float *shares, int64_t lines, const int32_t *which, int64_t 
 void widen_float16(const uint16_t *x, int64_t n, float *out) { loops::widen_float16(x, n, out); }
 
 const Table kTable = {
-    "baseline",   pack_signs,        encode_signs,       compensate_and_encode, sum_signs,
-    peak,         round_nearest,     round_randomly,     round_e3m0,
-    pack_nibbles, unpack_nibbles,    scale_codes,        add_scaled_codes,
-    scale_levels, add_scaled_levels, add,                noise,
-    ternarize,    pack_ternary,      unpack_ternary,     select,
-    lane_peaks,   correct_momentum,  correct_and_select, drain,
-    frozen_adam,  mix_rows,          widen_bfloat16,     widen_float16};
+    "baseline",      pack_signs,        encode_signs,       compensate_and_encode, sum_signs,
+    peak,            round_nearest,     round_randomly,     round_e3m0,
+    pack_nibbles,    unpack_nibbles,    scale_codes,        add_scaled_codes,
+    scale_levels,    add_scaled_levels, add,                noise,
+    ternarize,       pack_ternary,      unpack_ternary,     extremes,
+    round_to_levels, round_to_powers,   look_up,            select,
+    lane_peaks,      correct_momentum,  correct_and_select, drain,
+    frozen_adam,     mix_rows,          widen_bfloat16,     widen_float16};
 
 } // namespace
 

@@ -13,7 +13,7 @@
 
 // Bumped with every change of a signature below: a library left over from another build is not
 // used.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 // Dtypes of inputs.
 enum CommkitDtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -73,6 +73,21 @@ COMMKIT_API void ck_quantize_blocks(const void *x, int dtype, int64_t n, int cod
 COMMKIT_API void ck_sum_blocks(float *out, int64_t n, const uint8_t *const *codes,
                                const float *const *scales, int rows, int code, int64_t block_size,
                                int divisor, int accumulate, int threads);
+
+// See reference.quantize_codebook: `count` levels, from 2 to 256; keys as above. -1: an element is
+// not finite, and codes and scales are undefined.
+COMMKIT_API int ck_quantize_codebook(const void *x, int dtype, int64_t n, const float *levels,
+                                     int count, int64_t block_size, const uint32_t *keys,
+                                     uint8_t *codes, float *scales, int threads);
+
+// See reference.quantize_natural. -1: an element is not finite or above 2^127, and codes and top
+// are undefined.
+COMMKIT_API int ck_quantize_natural(const void *x, int dtype, int64_t n, const uint32_t *keys,
+                                    uint8_t *codes, float *top, int threads);
+
+// out[i] = levels[codes[i]] * scales[i / block_size], of 256 levels.
+COMMKIT_API void ck_look_up(float *out, int64_t n, const uint8_t *codes, const float *levels,
+                            const float *scales, int64_t block_size, int threads);
 
 COMMKIT_API void ck_uniform_noise(float *out, int64_t n, const uint32_t *keys, int threads);
 

@@ -193,6 +193,77 @@ COMMKIT_INLINE void unpack_nibbles(const uint8_t *__restrict packed, int64_t n,
     codes[n - 1] = static_cast<int8_t>((packed[n / 2] & 15) - 8);
 }
 
+// An integer that orders as floats do, with NaN beyond the infinities; its own inverse.
+COMMKIT_INLINE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
+
+COMMKIT_INLINE void extremes(const float *__restrict x, int64_t n, int32_t *low, int32_t *high) {
+  int32_t bottom = *low, top = *high;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = ordered(static_cast<int32_t>(bits_of(x[i])));
+    bottom = key < bottom ? key : bottom;
+    top = key > top ? key : top;
+  }
+  *low = bottom;
+  *high = top;
+}
+
+// How many of the first 255 bounds are below y, or with kEqual not above it.
+template <bool kEqual> COMMKIT_INLINE int32_t bounds_below(const float *bounds, float y) {
+  int32_t place = 0;
+#pragma GCC unroll 8
+  for (int32_t step = 128; step; step /= 2) {
+    const float bound = bounds[place + step - 1];
+    place += step & -static_cast<int32_t>(kEqual ? bound <= y : bound < y);
+  }
+  return place;
+}
+
+COMMKIT_INLINE void round_to_levels(const float *__restrict x, int64_t n, float divisor,
+                                    const Codebook &book, const uint32_t *keys, uint32_t first,
+                                    uint8_t *__restrict codes) {
+  const float *bounds = book.bounds, *levels = book.levels;
+  if (!book.random) {
+    for (int64_t i = 0; i < n; ++i)
+      codes[i] = static_cast<uint8_t>(bounds_below<false>(bounds, x[i] / divisor));
+    return;
+  }
+  const uint32_t k0 = keys[0], k1 = keys[1];
+  const int32_t last = book.count - 2;
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = x[i] / divisor;
+    int32_t below = bounds_below<true>(bounds, y) - 1;
+    below = below < 0 ? 0 : below > last ? last : below;
+    const float lower = levels[below], gap = levels[below + 1] - lower;
+    const float noise = uniform(first + static_cast<uint32_t>(i), k0, k1);
+    codes[i] = static_cast<uint8_t>(below + (noise * gap < y - lower));
+  }
+}
+
+COMMKIT_INLINE void round_to_powers(const float *__restrict x, int64_t n, int32_t top,
+                                    const uint32_t *keys, uint32_t first,
+                                    uint8_t *__restrict codes) {
+  const uint32_t k0 = keys[0], k1 = keys[1];
+  for (int64_t i = 0; i < n; ++i) {
+    const float size = std::fabs(x[i]);
+    const bool denormal = size < 0x1p-126f;
+    const auto u = static_cast<int32_t>(bits_of(denormal ? size * 0x1p64f : size));
+    const int32_t depth = top - (u >> 23) + (denormal ? 64 : 0), fraction = u & 0x7FFFFF;
+    const auto noise = static_cast<int32_t>(hash24(first + static_cast<uint32_t>(i), k0, k1));
+    const int32_t above = 127 - depth + (noise < 2 * fraction);
+    // The chance of the smallest power is the element over it: (2^23 + fraction) / 2^(24 + under).
+    const int32_t under = depth < 127 ? 0 : depth > 151 ? 24 : depth - 127;
+    const int32_t smallest = noise <= ((fraction + 0x7FFFFF) >> under);
+    const int32_t code = depth <= 126 ? above : smallest;
+    codes[i] = static_cast<uint8_t>((size > 0 ? code : 0) | (x[i] < 0 ? 128 : 0));
+  }
+}
+
+COMMKIT_INLINE void look_up(const uint8_t *__restrict codes, int64_t n,
+                            const float *__restrict levels, float scale, float *__restrict out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = levels[codes[i]] * scale;
+}
+
 // What a code stands for, in units of its scale.
 struct Whole {
   COMMKIT_INLINE float value(int8_t code) { return static_cast<float>(code); }

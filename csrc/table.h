@@ -33,6 +33,15 @@ struct Cut {
   bool masking;
 };
 
+// Increasing levels, of which a code is the place. The bounds are what lies half-way between two of
+// them, or with `random` the levels themselves; both are padded with infinity.
+struct Codebook {
+  static constexpr int kMost = 256;
+  float levels[kMost], bounds[kMost];
+  int32_t count;
+  bool random;
+};
+
 struct Table {
   const char *name;
 
@@ -70,6 +79,16 @@ struct Table {
                     int8_t *codes);
   void (*pack_ternary)(const int8_t *codes, int64_t n, uint8_t *packed);
   void (*unpack_ternary)(const uint8_t *packed, int64_t n, int8_t *codes);
+
+  // low = min(itself, x) and high = max(itself, x), as integers of the same order; see ordered.
+  void (*extremes)(const float *x, int64_t n, int32_t *low, int32_t *high);
+  // Codes of x / divisor, rounded to nearest if keys is null.
+  void (*round_to_levels)(const float *x, int64_t n, float divisor, const Codebook &book,
+                          const uint32_t *keys, uint32_t first, uint8_t *codes);
+  // Signs and exponents of finite x, not above the power of two with this exponent field.
+  void (*round_to_powers)(const float *x, int64_t n, int32_t top, const uint32_t *keys,
+                          uint32_t first, uint8_t *codes);
+  void (*look_up)(const uint8_t *codes, int64_t n, const float *levels, float scale, float *out);
 
   // Appends first + i of every |x[i]| not below the threshold to out, which has room for n; returns
   // how many.

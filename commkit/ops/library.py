@@ -7,7 +7,7 @@ import os
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
-INTERFACE = 6  # of csrc/kernels.h
+INTERFACE = 7  # of csrc/kernels.h
 PATH = Path(__file__).with_name("_kernels.so")
 MODES = ("auto", "0", "1")
 LEVELS = ("baseline", "avx2", "avx512")
@@ -41,6 +41,12 @@ _SIGNATURES: Signatures = {
         [_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int64, c_int, c_int, c_int],
         None,
     ),
+    "ck_quantize_codebook": (
+        [*_INPUT, _POINTER, c_int, c_int64, _POINTER, _POINTER, _POINTER, c_int],
+        c_int,
+    ),
+    "ck_quantize_natural": ([*_INPUT, _POINTER, _POINTER, _POINTER, c_int], c_int),
+    "ck_look_up": ([_POINTER, c_int64, *[_POINTER] * 3, c_int64, c_int], None),
     "ck_uniform_noise": ([_POINTER, c_int64, _POINTER, c_int], None),
     "ck_ternarize": ([*_INPUT, c_float, _POINTER, _POINTER, c_int], None),
     "ck_pack_ternary": ([_POINTER, c_int64, _POINTER, c_int], None),

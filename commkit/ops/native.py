@@ -14,6 +14,7 @@ import torch
 
 from . import (  # noqa: F401  (they fill KERNELS)
     binding,
+    native_codebooks,
     native_codes,
     native_cuda,
     native_cuda_signs,

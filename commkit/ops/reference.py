@@ -61,7 +61,8 @@ def _nibble_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _natural_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+def natural_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(256,): what the codes of :func:`quantize_natural` stand for, in units of the largest power."""
     sizes = [0.0, *(math.ldexp(1.0, code - 127) for code in range(1, 128))]
     return torch.tensor([*sizes, *(-size for size in sizes)], dtype=dtype, device=device)
 
@@ -281,7 +282,9 @@ def quantize_codebook(
     """
     blocks = _pad_to(x.to(torch.float32), block_size).view(-1, block_size)
     low, high = torch.aminmax(blocks, dim=1)
-    scales = torch.maximum(high / levels[-1], low / levels[0])
+    scales = (
+        torch.maximum(high / levels[-1], low / levels[0]) + 0.0
+    )  # of two zeros, the positive one
     y = blocks / torch.where(scales > 0, scales, torch.inf).unsqueeze(1)
     if stochastic:
         below = (torch.bucketize(y, levels, right=True) - 1).clamp_(0, levels.numel() - 2)
@@ -321,5 +324,5 @@ def quantize_natural(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 def dequantize_natural(codes: Tensor, top: Tensor, dtype: torch.dtype) -> Tensor:
     """(n,) of ``dtype``."""
-    table = _natural_table(dtype, codes.device)
+    table = natural_table(dtype, codes.device)
     return table.index_select(0, codes.to(torch.int32)) * top.to(dtype)

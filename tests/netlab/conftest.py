@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -47,16 +47,26 @@ def namespaces(name: str) -> list[str]:
 
 def transfer(lab: Lab, sender: int, receiver: int, count: int) -> float:
     """Send ``count`` bytes over TCP; bits per second of payload, as the receiver saw it."""
-    port = str(lab.network.port())
-    words = [sys.executable, str(TRANSFER)]
-    receiving = lab.popen(receiver, [*words, "receive", port], stdout=subprocess.PIPE, text=True)
-    address = lab.network.address(receiver)
-    sending = lab.popen(sender, [*words, "send", address, port, str(count)])
-    output, _ = receiving.communicate(timeout=30)
-    assert sending.wait(timeout=10) == 0
-    got, seconds = output.split()
-    assert int(got) == count
-    return int(got) * 8 / float(seconds)
+    (rate,) = transfers(lab, [(sender, receiver)], count)
+    return rate
+
+
+def transfers(lab: Lab, pairs: Sequence[tuple[int, int]], count: int) -> list[float]:
+    """The same for several at once."""
+    words, started = [sys.executable, str(TRANSFER)], []
+    for sender, receiver in pairs:
+        port = str(lab.network.port())
+        got = lab.popen(receiver, [*words, "receive", port], stdout=subprocess.PIPE, text=True)
+        started.append((got, sender, [*words, "send", lab.network.address(receiver), port]))
+    sending = [lab.popen(sender, [*send, str(count)]) for _, sender, send in started]
+    rates = []
+    for (receiving, _, _), sender in zip(started, sending, strict=True):
+        output, _ = receiving.communicate(timeout=30)
+        assert sender.wait(timeout=10) == 0
+        got, seconds = output.split()
+        assert int(got) == count
+        rates.append(count * 8 / float(seconds))
+    return rates
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

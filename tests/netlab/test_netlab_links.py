@@ -7,7 +7,7 @@ import time
 import pytest
 
 from launch.netlab import Lab, LabError, probe
-from tests.netlab.conftest import TRANSFER, transfer, wait_until
+from tests.netlab.conftest import TRANSFER, transfer, transfers, wait_until
 
 MEGABYTE = 1_000_000
 
@@ -24,6 +24,46 @@ def test_each_node_sends_and_receives_at_its_own_rate(make_lab):
         assert 0.8 < best_ratio(lab, 0, 2, 100 * MEGABYTE) < 1.1
         assert 0.8 < best_ratio(lab, 0, 1, 20 * MEGABYTE) < 1.1  # the slow node receives
         assert 0.8 < best_ratio(lab, 1, 0, 20 * MEGABYTE) < 1.1  # the slow node sends
+
+
+def test_a_link_carries_both_directions_at_once(make_lab):
+    rate, count = 50 * MEGABYTE, 6 * MEGABYTE
+    with make_lab(2, "50mbit") as lab:
+        there_and_back = (transfers(lab, [(0, 1), (1, 0)], count) for _ in range(3))
+        assert max(map(min, there_and_back)) > 0.85 * rate
+
+
+_ASK = """
+import socket, sys
+control = lambda s: s.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\\0").decode()
+if sys.argv[1] == "accept":
+    connection, _ = socket.create_server(("", int(sys.argv[2]))).accept()
+else:
+    connection = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+print(control(connection))
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"congestion_control": "reno"}])
+def test_both_ends_use_the_congestion_control_that_was_asked_for(make_lab, options):
+    wanted = options.get("congestion_control", "cubic")
+    with make_lab(2, **options) as lab:
+        assert f"TCP {wanted}" in lab.describe()
+        port = str(lab.network.port())
+        words = [sys.executable, "-c", _ASK]
+        accepting = lab.popen(1, [*words, "accept", port], stdout=subprocess.PIPE, text=True)
+        wait_until(lambda: _listens(lab, 1, port))
+        asking = lab.popen(
+            0, [*words, lab.network.address(1), port], stdout=subprocess.PIPE, text=True
+        )
+        ends = [process.communicate(timeout=20)[0].strip() for process in (accepting, asking)]
+    assert ends == [wanted, wanted]
+
+
+def _listens(lab, node, port):
+    words = lab.network.command(node, ["cat", "/proc/net/tcp"])
+    listening = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return f":{int(port):04X} 00000000:0000 0A" in listening
 
 
 def test_counters_hold_the_payload_and_little_more(make_lab):
@@ -99,6 +139,11 @@ def test_more_nodes_than_memory_allows():
         (2, {"name": "lab1"}, "a letter first and last"),
         (2, {"name": "Lab/x"}, "a letter first and last"),
         (2, {"link": "100mbps"}, "write it like 100mbit"),
+        (
+            2,
+            {"congestion_control": "vegan"},
+            "congestion_control: got 'vegan', but this kernel has",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_built(nodes, options, message):
