@@ -56,8 +56,10 @@ SYNC_EVERY = {"local_updates": 64, "local_grid": 16}
 PROBED_BATCH = 4
 FEWEST = 6  # steps of which a median means something
 FEWEST_SLOW = 2  # where all are alike, as plain DDP's are that wait for the link
+# They begin with dense steps.
+STAGED = ("onebit_adam", "onebit_lamb", "zero_one_adam")
 # The folder of the probes that were made on the machine and the day of comparisons whose names begin so.
-ALONGSIDE = {"grid": "grid", "systems_4_nodes": "grid"}
+ALONGSIDE = {"grid": "grid", "sign_2_nodes": "grid", "systems_4_nodes": "systems"}
 SKIPPED = {
     "torch_powersgd": "torch's own hook",
     "torch:powersgd": "torch's own hook",
@@ -123,7 +125,7 @@ class Cell:
             return f"{self.setting['steps']} steps, for the bytes"
         if self.measured.get("steps", FEWEST) < FEWEST_SLOW:
             return f"{self.measured['steps']:.0f} steps in its seconds"
-        if self.scheme == "onebit_adam" and self.measured.get("steps", FEWEST) < FEWEST:
+        if self.scheme in STAGED and self.measured.get("steps", FEWEST) < FEWEST:
             return "hardly left its uncompressed stage"
         if self.name.startswith("hsdp"):
             return "sharded inside nodes"

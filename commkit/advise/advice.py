@@ -24,6 +24,7 @@ _LADDER: tuple[Kind, ...] = get_args(Kind)
 PLAIN = "ddp"
 BASES = {PLAIN: "plain DDP", FSDP: "plain FSDP"}  # "none", the first of them that fits memory
 WORTH = 1.1  # what a scheme has to gain over that
+TIED = 0.98  # of the fastest: as fast, as far as a prediction can tell
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ def choose(rows: Sequence[Row], utilisation: float) -> tuple[tuple[str, ...], st
             told = f"none: {plain}; the fastest ({fastest.name}) would gain {gain - 1:.0%}"
             return (base.name,), told
     reaching = [row for row in fitting if row.reaches]
-    choice = reaching[0] if reaching else fastest
+    least = TIED * fastest.prediction.utilisation
+    as_fast = [row for row in fitting if row.prediction.utilisation >= least]
+    choice = (reaching or as_fast)[0]
     alike = [
         row.name
         for row in (reaching or fitting)
@@ -140,7 +143,8 @@ def choose(rows: Sequence[Row], utilisation: float) -> tuple[tuple[str, ...], st
         )
     else:
         reason = (
-            f"{choice.name}{_rounds(found)}: the fastest, but nothing computes for {utilisation:.0%} of the time "
+            f"{choice.name}{_rounds(found)}: the least compression among the fastest, but nothing computes for "
+            f"{utilisation:.0%} of the time "
             f"({found.utilisation:.0%}); {wait}"
         )
     if base is not None:

@@ -98,6 +98,15 @@ def test_the_choice_moves_one_way_once_anything_reaches_the_utilisation(schemes,
     assert rungs == sorted(rungs, reverse=True)
 
 
+def test_of_schemes_that_are_as_fast_the_gentlest_is_chosen():
+    ddp = row("ddp", "plain", 0.0, 1000.0, 1.0)
+    hook = row("topk", "every step", 0.211, 1.0, 1.0)
+    optimizer = row("dgc", "optimizer", 0.2, 1.0, 1.0)
+    assert choose([optimizer, hook, ddp], 0.9)[0][0] == "topk"
+    slower = row("topk", "every step", 0.25, 1.0, 1.0)
+    assert choose([optimizer, slower, ddp], 0.9)[0][0] == "dgc"
+
+
 def test_what_does_not_fit_is_never_recommended():
     small = row("sign", "every step", 0.0, 1.0, 1.0, fits=False)
     large = row("int8", "every step", 0.0, 1.5, 1.0)
