@@ -55,7 +55,7 @@ asan: venv
 	cd build/asan && COMMKIT_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    $(abspath $(PY)) -m pytest -q \
-	    $(addprefix tests/ops/test_,native.py in_place.py sign_lists.py e3m0.py selection.py largest.py dgc_step.py tiles.py updates.py hostile_payloads.py) \
+	    $(addprefix tests/ops/test_,native.py native_codebooks.py in_place.py sign_lists.py e3m0.py selection.py largest.py dgc_step.py tiles.py updates.py hostile_payloads.py) \
 	    tests/contract/test_hostile_payloads.py $(ARGS)
 
 format: venv
