@@ -61,7 +61,6 @@ STAGED = ("onebit_adam", "onebit_lamb", "zero_one_adam")
 # The folder of the probes that were made on the machine and the day of comparisons whose names begin so.
 ALONGSIDE = {
     "grid_again": "grid_again",
-    "grid_4_nodes_1gbit": "systems",
     "grid": "grid",
     "sign_2_nodes": "grid",
     "systems_4_nodes": "systems",
@@ -86,6 +85,10 @@ MISSES = {
         "grid_4_nodes_200mbit",
         "econtrol",
     ): "four steps in its seconds, whose compression took 0.46 s of two ranks on one core where the probe says 0.20; at 50 Mbit/s 0.91",
+    (
+        "grid_4_nodes_1gbit",
+        "econtrol",
+    ): "the same: compression of two ranks on one core takes longer in training than in the probe",
     (
         "systems_4_nodes_100mbit",
         "demo",
