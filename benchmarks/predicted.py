@@ -38,10 +38,8 @@ LAB = RESULTS / "lab"
 NOOP = "noop"
 # The scheme of a configuration, where its name is not that.
 ALIKE = {"torch:ddp": "ddp", "diloco_int8": "diloco", "streaming": "streaming_diloco"}
-# Recipes of local updates: what is set besides the steps of a round.
+# Recipes of local_updates_4_nodes_50mbit.md: what is set besides the steps of a round.
 LOCAL: dict[str, dict[str, Any]] = {
-    "local_sgd": {},
-    "diloco": {},
     "co2": {},
     "edit": {},
     "noloco": {},
@@ -51,8 +49,7 @@ LOCAL: dict[str, dict[str, Any]] = {
 }
 # What is computed besides, of what the probes timed; 4-bit floats are taken to be as fast as 4-bit integers.
 REDUCERS = {"diloco_int8": "int8", "streaming": "int4"}
-# Steps of a round, by how the names of comparisons begin.
-SYNC_EVERY = {"local_updates": 64, "local_grid": 16}
+SYNC_EVERY = 64
 PROBED_BATCH = 4
 FEWEST = 6  # steps of which a median means something
 FEWEST_SLOW = 2  # where all are alike, as plain DDP's are that wait for the link
@@ -158,15 +155,11 @@ class Cell:
         return json.dumps(LOCAL.get(self.name, {}))
 
     @property
-    def sync_every(self) -> int:
-        return next(every for name, every in SYNC_EVERY.items() if self.comparison.startswith(name))
-
-    @property
     def plan(self) -> Round | None:
         """Of local updates."""
         if self.name not in LOCAL:
             return None
-        return round_of(self.scheme, self.sync_every, self.settings)
+        return round_of(self.scheme, SYNC_EVERY, self.settings)
 
     def speed(self, probe: Probe) -> float:
         """How many times as long as in the probe computing took here."""
@@ -201,9 +194,9 @@ class Cell:
         plan = self.plan
         if plan is None:
             return found.wire_bytes
-        steps, every = int(self.measured["steps"]), self.sync_every
-        shares = sum(share * ((steps - delay) // every) for share, delay in plan.parts)
-        return found.wire_bytes * every * shares / steps
+        steps = int(self.measured["steps"])
+        shares = sum(share * ((steps - delay) // SYNC_EVERY) for share, delay in plan.parts)
+        return found.wire_bytes * SYNC_EVERY * shares / steps
 
 
 def cells(path: Path) -> list[Cell]:

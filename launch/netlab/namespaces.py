@@ -53,7 +53,7 @@ class Namespaces(Network):
         name: str,
         rates: Sequence[int],
         impairment: Impairment,
-        congestion_control: str = CONGESTION_CONTROL,
+        congestion_control: str,
     ) -> None:
         super().__init__(name, len(rates))
         if not _NAME.fullmatch(name):
