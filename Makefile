@@ -50,7 +50,7 @@ asan: venv
 	mkdir -p build/asan
 	cp -r commkit tests pyproject.toml build/asan
 	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
-	    -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC -shared -pthread \
+	    -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC -shared -pthread -ldl \
 	    csrc/*.cpp -o build/asan/commkit/ops/_kernels.so
 	cd build/asan && COMMKIT_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

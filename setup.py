@@ -32,7 +32,7 @@ NATIVE, CUDA = chosen("COMMKIT_NATIVE"), chosen("COMMKIT_CUDA")
 # Contraction would make results depend on whether the processor has fused multiply-add.
 COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 COMPILE += ["-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
-LINK = ["-pthread"]
+LINK = ["-pthread", "-ldl"]
 if sys.platform.startswith("linux"):
     LINK += ["-static-libstdc++", "-static-libgcc"]
 

@@ -217,11 +217,13 @@ def interleave(
     steps: int,
     fence: Callable[[], object],
     warm_up: int = 1,
+    lead: int = 0,
 ) -> dict[str, Timing]:
     """Time the arms by turns, so that other work on the machine falls on all alike.
 
-    In a round each arm runs a block of ``steps`` calls, between fences (a barrier of the ranks); the order
-    rotates from round to round. The first ``warm_up`` rounds are run and not counted.
+    In a round each arm runs a block of ``steps`` calls, between fences (a barrier of the ranks), after
+    ``lead`` calls that are not timed; the order rotates from round to round. The first ``warm_up`` rounds
+    are run and not counted.
     """
     names = list(arms)
     timings = {name: Timing([], []) for name in names}
@@ -229,6 +231,8 @@ def interleave(
         shift = turn % len(names)
         order = names[shift:] + names[:shift]
         for name in order if (turn // len(names)) % 2 == 0 else reversed(order):
+            for _ in range(lead):
+                arms[name]()
             fence()
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(steps):

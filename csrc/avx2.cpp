@@ -1,4 +1,4 @@
-// The functions for x86 processors with AVX2, FMA and F16C: those that the compiler does not
+// The functions for x86 processors with AVX2, FMA, F16C and BMI: those that the compiler does not
 // vectorise by itself are written out.
 #include "table.h"
 
@@ -8,7 +8,7 @@
 
 #include "loops.h"
 
-#define COMMKIT_TARGET __attribute__((target("avx2,fma,f16c")))
+#define COMMKIT_TARGET __attribute__((target("avx2,fma,f16c,bmi,popcnt")))
 
 namespace {
 
@@ -34,8 +34,8 @@ COMMKIT_TARGET inline void put(float *to, __m256 x, bool stream) {
     _mm256_storeu_ps(to, x);
 }
 
-// Where several streams are read, or a branch that was guessed wrong waits for what it depends on, the next
-// pieces are asked for ahead, by so many floats: the processor's own prefetching ends with a page.
+// Where two streams are read, the next pieces are asked for ahead, by so many floats: the processor's own
+// prefetching ends with a page.
 constexpr int64_t kFetch = 512;
 
 COMMKIT_TARGET void pack_signs(const float *x, int64_t n, uint8_t *bits) {
@@ -118,21 +118,27 @@ COMMKIT_TARGET inline __m256i to_sign(__m256i word, int j) {
 template <bool kAccumulate>
 COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bits,
                                  const float *scales, int rows, bool stream) {
-  const int64_t whole = n - n % 32;
-  for (int64_t i = 0; i < whole; i += 32) {
-    __m256 sums[4] = {};
+  // Two words of each row at a time: to find the row costs as much as a word.
+  const int64_t whole = n - n % 64;
+  for (int64_t i = 0; i < whole; i += 64) {
+    const __m256 minus_zero = _mm256_set1_ps(-0.0f); // what changes nothing, not even a zero's sign
+    __m256 sums[8];
+    for (__m256 &sum : sums)
+      sum = minus_zero;
     for (int r = 0; r < rows; ++r) {
-      int32_t four;
-      __builtin_memcpy(&four, bits[r] + i / 8, sizeof four);
-      const __m256i word = _mm256_set1_epi32(four);
       const __m256 plus = _mm256_set1_ps(scales[r]);
-      const __m256 minus = _mm256_set1_ps(-scales[r]);
-      for (int j = 0; j < 4; ++j) {
-        const __m256 v = _mm256_blendv_ps(minus, plus, _mm256_castsi256_ps(to_sign(word, j)));
-        sums[j] = r == 0 ? v : _mm256_add_ps(sums[j], v);
+      const __m256 minus = _mm256_xor_ps(plus, minus_zero);
+      for (int half = 0; half < 2; ++half) {
+        int32_t four;
+        __builtin_memcpy(&four, bits[r] + i / 8 + 4 * half, sizeof four);
+        const __m256i word = _mm256_set1_epi32(four);
+        for (int j = 0; j < 4; ++j) {
+          const __m256 v = _mm256_blendv_ps(minus, plus, _mm256_castsi256_ps(to_sign(word, j)));
+          sums[4 * half + j] = _mm256_add_ps(sums[4 * half + j], v);
+        }
       }
     }
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 8; ++j) {
       float *to = out + i + 8 * j;
       put(to, kAccumulate ? _mm256_add_ps(_mm256_loadu_ps(to), sums[j]) : sums[j], stream);
     }
@@ -295,16 +301,35 @@ COMMKIT_TARGET void round_to_levels(const float *x, int64_t n, float divisor, co
     round_to_levels_as<false>(x, n, divisor, book, keys, first, codes);
 }
 
+// take(index, k) for the k-th of the bits, and how many there are. Of a few it is called four times,
+// the last with k beyond them and an index up to 64: guessing their number wrong would cost more.
+template <class Take> inline int64_t each_bit(uint64_t bits, const Take &take) {
+  const int64_t count = __builtin_popcountll(bits);
+  const auto next = [&bits] {
+    const int place = bits ? __builtin_ctzll(bits) : 64;
+    bits &= bits - 1;
+    return place;
+  };
+  for (int64_t k = 0; k < 4; ++k)
+    take(next(), k);
+  for (int64_t k = 4; k < count; ++k)
+    take(next(), k);
+  return count;
+}
+
 COMMKIT_TARGET int64_t select(const float *x, int64_t n, float threshold, int64_t first,
                               int64_t *out) {
   const __m256 limit = _mm256_set1_ps(threshold);
-  const int64_t whole = n - n % 8;
+  const int64_t whole = n - n % 64;
   int64_t count = 0;
-  for (int64_t i = 0; i < whole; i += 8) {
-    const __m256 size = magnitude(_mm256_loadu_ps(x + i));
-    auto found = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(size, limit, _CMP_NLT_UQ)));
-    for (; found; found &= found - 1)
-      out[count++] = first + i + __builtin_ctz(found);
+  for (int64_t i = 0; i < whole; i += 64) {
+    uint64_t found = 0;
+    for (int j = 0; j < 64; j += 8) {
+      const __m256 size = magnitude(_mm256_loadu_ps(x + i + j));
+      const int mask = _mm256_movemask_ps(_mm256_cmp_ps(size, limit, _CMP_NLT_UQ));
+      found |= static_cast<uint64_t>(mask) << j;
+    }
+    count += each_bit(found, [=](int64_t index, int64_t k) { out[count + k] = first + i + index; });
   }
   return count + loops::select(x, whole, n, threshold, first, out + count);
 }
@@ -352,34 +377,27 @@ COMMKIT_TARGET int64_t correct_and_select_as(const float *g, const Correction &h
   const __m256 momentum = _mm256_set1_ps(how.momentum);
   const __m256 low = _mm256_set1_ps(cut.low), high = _mm256_set1_ps(cut.high);
   const __m256 masked = _mm256_castsi256_ps(_mm256_set1_epi32(cut.masking ? -1 : 0));
-  const int64_t whole = n - n % 8;
+  const int64_t whole = n - n % 64;
+  alignas(32) float each[64 + 1];
+  each[64] = 0; // for an index beyond the bits
   int64_t count = 0;
-  for (int64_t i = 0; i < whole; i += 8) {
-    if (i % 16 == 0) {
-      __builtin_prefetch(g + i + kFetch);
-      if (kVelocity)
-        __builtin_prefetch(how.velocity + i + kFetch);
-      if (kUnsent)
-        __builtin_prefetch(how.unsent + i + kFetch);
-    }
-    __m256 moved, total;
-    correct<kVelocity, kUnsent, kNesterov>(g, how, momentum, i, &moved, &total);
-    const __m256 size = magnitude(total);
-    auto found = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(size, low, _CMP_NLT_UQ)));
-    if (__builtin_expect(found != 0, 0)) {
-      alignas(32) float each[8];
-      _mm256_store_ps(each, total);
-      for (; found; found &= found - 1) {
-        const int k = __builtin_ctz(found);
-        places[count] = first + i + k;
-        values[count++] = each[k];
-      }
+  for (int64_t i = 0; i < whole; i += 64) {
+    uint64_t found = 0;
+    for (int j = 0; j < 64; j += 8) {
+      __m256 moved, total;
+      correct<kVelocity, kUnsent, kNesterov>(g, how, momentum, i + j, &moved, &total);
+      const __m256 size = magnitude(total);
+      const int mask = _mm256_movemask_ps(_mm256_cmp_ps(size, low, _CMP_NLT_UQ));
+      found |= static_cast<uint64_t>(mask) << j;
+      _mm256_store_ps(each + j, total);
       const __m256 certain = _mm256_cmp_ps(size, high, _CMP_NLT_UQ);
-      total = _mm256_andnot_ps(certain, total);
-      moved = _mm256_andnot_ps(_mm256_and_ps(certain, masked), moved);
+      put(u + i + j, _mm256_andnot_ps(_mm256_and_ps(certain, masked), moved), stream);
+      put(v + i + j, _mm256_andnot_ps(certain, total), stream);
     }
-    put(u + i, moved, stream);
-    put(v + i, total, stream);
+    count += each_bit(found, [&](int64_t index, int64_t k) {
+      places[count + k] = first + i + index;
+      values[count + k] = each[index];
+    });
   }
   return count + loops::correct_and_select(g + whole, how.from(whole), cut, n - whole, u + whole,
                                            v + whole, first + whole, places + count,
@@ -448,7 +466,8 @@ const Table kTable = {
 
 const commkit::Table *commkit::avx2_table() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                 __builtin_cpu_supports("f16c")
+                 __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+                 __builtin_cpu_supports("popcnt")
              ? &kTable
              : nullptr;
 }

@@ -59,10 +59,10 @@ Order sampled_orders(const Sample &sample, int64_t n, int threads, const Fetch &
   return order;
 }
 
-// find(begin, end, part) for as many parts of n elements as threads, each of whole chunks.
+// find(begin, end, part) for parts of n elements, each of whole chunks and worth a thread.
 template <class Find> Parts collect(int64_t n, int threads, int64_t expected, const Find &find) {
   const int64_t chunks = (n + kChunk - 1) / kChunk;
-  const int64_t count = std::max<int64_t>(1, std::min<int64_t>(threads, chunks));
+  const int64_t count = std::max<int64_t>(1, n / kElementsPerThread);
   Parts parts(count);
   std::atomic<bool> failed{false};
   parallel_for(count, n / count, threads, [&](int64_t begin, int64_t end) {
@@ -84,19 +84,22 @@ template <class Find> Parts collect(int64_t n, int threads, int64_t expected, co
 // The order of the k-th largest; those of which is_first(value) are the largest of all.
 template <class IsFirst> uint32_t kth(const Parts &parts, const IsFirst &is_first, int64_t k) {
   Order order;
-  order.reserve(size_of(parts));
-  for (const Candidates &part : parts)
-    for (const float value : part.values)
-      if (!is_first(value))
-        order.push_back(order_of(value));
+  // Without a branch, which could not be guessed.
+  const auto gather = [&](bool first) {
+    order.resize(size_of(parts));
+    size_t count = 0;
+    for (const Candidates &part : parts)
+      for (const float value : part.values) {
+        order[count] = order_of(value);
+        count += is_first(value) == first;
+      }
+    order.resize(count);
+  };
+  gather(false);
   const int64_t first = size_of(parts) - static_cast<int64_t>(order.size());
   if (first < k)
     return ranked(order, k - first);
-  order.clear();
-  for (const Candidates &part : parts)
-    for (const float value : part.values)
-      if (is_first(value))
-        order.push_back(order_of(value));
+  gather(true);
   return ranked(order, k);
 }
 

@@ -2,37 +2,39 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace commkit {
 
-// Below this many elements per thread, starting one costs more than it brings.
+// Below this many elements per thread, waking one costs more than it brings.
 constexpr int64_t kElementsPerThread = int64_t{1} << 17;
 
-// body(begin, end) over consecutive parts of [0, units). Threads live for one call: starting them
-// takes some 20 us where the work takes milliseconds, and in return there is no pool to survive a
-// fork, and none to fight with torch's OpenMP over cores.
+// work(data) on so many threads, or on fewer where there are no more to be had, and always on this one;
+// returns when all are done.
+void run_on_threads(int threads, void (*work)(void *), void *data);
+
+// body(begin, end) over pieces of [0, units), each of about kElementsPerThread elements. Whichever thread
+// is free takes the next: one that comes late, because its core is busy, holds up nobody.
 template <class Body>
 void parallel_for(int64_t units, int64_t unit_elements, int threads, const Body &body) {
+  struct Work {
+    const Body &body;
+    const int64_t units, pieces;
+    std::atomic<int64_t> next{0};
+  };
   const int64_t worth = units * unit_elements / kElementsPerThread;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, worth, units}));
-  std::vector<std::thread> others;
-  int64_t begin = 0;
-  for (int64_t part = 0; part + 1 < parts; ++part) {
-    const int64_t end = units * (part + 1) / parts;
-    try {
-      others.emplace_back([&body, begin, end] { body(begin, end); });
-    } catch (const std::system_error &) {
-      break; // no thread to be had: the rest is done here
-    }
-    begin = end;
-  }
-  body(begin, units);
-  for (auto &other : others)
-    other.join();
+  Work work{body, units, std::min(units, worth)};
+  if (threads <= 1 || work.pieces <= 1)
+    return body(0, units);
+  run_on_threads(
+      threads,
+      [](void *data) {
+        Work &all = *static_cast<Work *>(data);
+        for (int64_t i; (i = all.next++) < all.pieces;)
+          all.body(all.units * i / all.pieces, all.units * (i + 1) / all.pieces);
+      },
+      &work);
 }
 
 } // namespace commkit

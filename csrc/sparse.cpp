@@ -100,7 +100,7 @@ int64_t ck_select_at_least(const void *x, int dtype, int64_t n, float threshold,
   const Input input(x, dtype, t);
   const int64_t chunks = (n + kChunk - 1) / kChunk;
   // The pieces are cut here, so that each can have its own list.
-  const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads, chunks));
+  const int64_t pieces = std::max<int64_t>(1, n / kElementsPerThread);
   try {
     std::vector<Indices> lists(pieces);
     std::vector<char> failed(pieces, 0);

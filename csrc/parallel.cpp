@@ -1,0 +1,59 @@
+// Where threads come from.
+#include "parallel.h"
+
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+#if defined(__unix__) || defined(__APPLE__)
+
+// Those of the OpenMP that torch has loaded, if any: its threads wait for work actively for a while, so
+// that others would share their cores with them.
+class Pool {
+public:
+  bool run(int threads, void (*work)(void *), void *data) const {
+    // Threads do not survive a fork.
+    if (!parallel_ || getpid() != process_)
+      return false;
+    parallel_(work, data, static_cast<unsigned>(threads), 0);
+    return true;
+  }
+
+private:
+  using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+  const Parallel parallel_ = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  const pid_t process_ = getpid();
+};
+
+#else
+
+struct Pool {
+  bool run(int, void (*)(void *), void *) const { return false; }
+};
+
+#endif
+
+} // namespace
+
+void commkit::run_on_threads(int threads, void (*work)(void *), void *data) {
+  static const Pool pool;
+  if (pool.run(threads, work, data))
+    return;
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < threads; ++i)
+      others.emplace_back(work, data);
+  } catch (const std::system_error &) {
+    // The rest is done by those that there are.
+  }
+  work(data);
+  for (auto &other : others)
+    other.join();
+}
