@@ -38,8 +38,10 @@ LAB = RESULTS / "lab"
 NOOP = "noop"
 # The scheme of a configuration, where its name is not that.
 ALIKE = {"torch:ddp": "ddp", "diloco_int8": "diloco", "streaming": "streaming_diloco"}
-# Recipes of local_updates_4_nodes_50mbit.md: what is set besides the steps of a round.
+# Recipes of local updates: what is set besides the steps of a round.
 LOCAL: dict[str, dict[str, Any]] = {
+    "local_sgd": {},
+    "diloco": {},
     "co2": {},
     "edit": {},
     "noloco": {},
@@ -49,7 +51,8 @@ LOCAL: dict[str, dict[str, Any]] = {
 }
 # What is computed besides, of what the probes timed; 4-bit floats are taken to be as fast as 4-bit integers.
 REDUCERS = {"diloco_int8": "int8", "streaming": "int4"}
-SYNC_EVERY = 64
+# Steps of a round, of comparisons whose names begin so.
+SYNC_EVERY = {"local_updates": 64, "local_grid": 16}
 PROBED_BATCH = 4
 FEWEST = 6  # steps of which a median means something
 FEWEST_SLOW = 2  # where all are alike, as plain DDP's are that wait for the link
@@ -61,6 +64,7 @@ ALONGSIDE = {
     "grid": "grid",
     "sign_2_nodes": "grid",
     "systems_4_nodes": "systems",
+    "local_grid": "local_grid",
 }
 # Cells that were measured while the machine did something else, and then again.
 DISTURBED = {
@@ -155,11 +159,17 @@ class Cell:
         return json.dumps(LOCAL.get(self.name, {}))
 
     @property
+    def sync_every(self) -> int:
+        return next(
+            steps for name, steps in SYNC_EVERY.items() if self.comparison.startswith(name)
+        )
+
+    @property
     def plan(self) -> Round | None:
         """Of local updates."""
         if self.name not in LOCAL:
             return None
-        return round_of(self.scheme, SYNC_EVERY, self.settings)
+        return round_of(self.scheme, self.sync_every, self.settings)
 
     def speed(self, probe: Probe) -> float:
         """How many times as long as in the probe computing took here."""
@@ -195,8 +205,8 @@ class Cell:
         if plan is None:
             return found.wire_bytes
         steps = int(self.measured["steps"])
-        shares = sum(share * ((steps - delay) // SYNC_EVERY) for share, delay in plan.parts)
-        return found.wire_bytes * SYNC_EVERY * shares / steps
+        rounds = sum(share * ((steps - delay) // self.sync_every) for share, delay in plan.parts)
+        return found.wire_bytes * self.sync_every * rounds / steps
 
 
 def cells(path: Path) -> list[Cell]:

@@ -206,7 +206,7 @@ class Feedback(Protocol):
 
     def deliver(self, mean: Tensor, key: str) -> Tensor:
         """What the optimizer gets when ``mean`` is what arrived: the mean itself, unless differences to
-        an estimate were sent."""
+        an estimate were sent. It may be the feedback's own memory, to be written over after the next step."""
 
     def release(self, x: Tensor, key: str) -> Tensor:
         """``x`` and all that it left unsent, for a tensor that goes densely from now on; stages that

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops import two_norm
 from ..registry import register
 from ..types import StateDict
-from .staged import StagedTensors, joined, parted
+from .staged import StagedTensors, joined, parted, recycled
 
 _OWN, _MEAN = "own_estimate", "mean_estimate"
 
@@ -26,7 +26,8 @@ class EControl:
     It converges for any contraction C when ranks hold different data, where plain error feedback stalls,
     and with small batches, where EF21 does. The sum of gradients minus the sum of all h is the mean e. State:
     e_i, h_i and h, 12 bytes per compressed element, and as much again between a reduction and the end of its
-    step. ``eta = 0`` is EF21.
+    step; on a CPU for good, since fresh memory in every step would cost more than the arithmetic.
+    ``eta = 0`` is EF21.
 
     Args:
         eta: strength of the error's return. A quarter of the compressor's contraction delta is critically
@@ -37,9 +38,9 @@ class EControl:
     """
 
     eta: float = 0.025
-    _residual: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
-    _own: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
-    _mean: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
+    _residual: StagedTensors = field(default_factory=recycled, init=False, repr=False)
+    _own: StagedTensors = field(default_factory=recycled, init=False, repr=False)
+    _mean: StagedTensors = field(default_factory=recycled, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -57,26 +58,23 @@ class EControl:
         return key in self._mean
 
     def compensate(self, x: Tensor, key: str) -> Tensor:
-        """``eta e + g - h_i`` as a fresh tensor."""
-        target = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        """``eta e + g - h_i``, in the memory of the next residual."""
         own, residual = self._own.get(key), self._residual.get(key)
-        if own is not None:
-            target.sub_(own)
+        target = self._residual.fresh(key, x)
+        target.copy_(x) if own is None else torch.sub(x, own, out=target)
         return target if residual is None else target.add_(residual, alpha=self.eta)
 
     def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
-        own, before = self._own.get(key), self._residual.get(key)
-        self._own.stage(key, sent.clone() if own is None else own + sent)
-        residual = compensated - sent
+        """Stage the next estimate, and the next residual in the memory of ``compensated``."""
+        self._own.stage_sum(key, sent)
+        before = self._residual.get(key)
+        residual = torch.zeros_like(sent) if sent is compensated else compensated.sub_(sent)
         self._residual.stage(
             key, residual if before is None else residual.add_(before, alpha=1 - self.eta)
         )
 
     def deliver(self, mean: Tensor, key: str) -> Tensor:
-        before = self._mean.get(key)
-        after = mean.clone() if before is None else before + mean
-        self._mean.stage(key, after)
-        return after
+        return self._mean.stage_sum(key, mean)
 
     def release(self, x: Tensor, key: str) -> Tensor:
         residual = self._residual.get(key)

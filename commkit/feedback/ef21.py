@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..types import StateDict
-from .staged import StagedTensors, joined, parted
+from .staged import StagedTensors, joined, parted, recycled
 
 _OWN, _MEAN, _AVERAGE = "own_estimate", "mean_estimate", "average"
 
@@ -23,7 +23,8 @@ class EF21:
 
     Under a constant gradient h converges to it linearly. Noise of small batches does not average out;
     ``momentum`` below 1 mends that. State: h_i and h, 8 bytes per compressed element (12 with momentum), and
-    as much again between a reduction and the end of its step.
+    as much again between a reduction and the end of its step; on a CPU for good but for the momentum's, since
+    fresh memory in every step would cost more than the arithmetic.
 
     Args:
         momentum: a of EF21-SGDM (Fatkhullin et al. 2023): ``v_i = (1-a) v_i + a g_i`` takes the place of
@@ -34,8 +35,8 @@ class EF21:
     """
 
     momentum: float = 1.0
-    _own: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
-    _mean: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
+    _own: StagedTensors = field(default_factory=recycled, init=False, repr=False)
+    _mean: StagedTensors = field(default_factory=recycled, init=False, repr=False)
     _average: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,14 +66,10 @@ class EF21:
         return g if own is None else g.sub_(own)
 
     def update(self, compensated: Tensor, sent: Tensor, key: str) -> None:
-        own = self._own.get(key)
-        self._own.stage(key, sent.clone() if own is None else own + sent)
+        self._own.stage_sum(key, sent)
 
     def deliver(self, mean: Tensor, key: str) -> Tensor:
-        before = self._mean.get(key)
-        after = mean.clone() if before is None else before + mean
-        self._mean.stage(key, after)
-        return after
+        return self._mean.stage_sum(key, mean)
 
     def release(self, x: Tensor, key: str) -> Tensor:
         """Nothing of the past is unsent: an estimate only stood in for this gradient."""

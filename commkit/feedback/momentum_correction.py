@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops import correct_momentum_, two_norm
 from ..registry import register
 from ..types import Compressor, CorrectsMomentum, Payload, StateDict, TensorCtx
-from .staged import StagedTensors, joined, parted
+from .staged import StagedTensors, joined, parted, recycled
 
 _VELOCITY = "velocity"
 
@@ -40,12 +40,8 @@ class MomentumCorrection:
     momentum: float = 0.9
     nesterov: bool = False
     masking: bool = True
-    _unsent: StagedTensors = field(
-        default_factory=lambda: StagedTensors(recycle=True), init=False, repr=False
-    )
-    _velocity: StagedTensors = field(
-        default_factory=lambda: StagedTensors(recycle=True), init=False, repr=False
-    )
+    _unsent: StagedTensors = field(default_factory=recycled, init=False, repr=False)
+    _velocity: StagedTensors = field(default_factory=recycled, init=False, repr=False)
     # Where a velocity comes from that dense steps have built up; the optimizer's business.
     initial_velocity: Callable[[str], Tensor | None] = field(
         default=lambda key: None, init=False, repr=False

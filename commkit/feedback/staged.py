@@ -59,6 +59,13 @@ class StagedTensors:
             return spare
         return empty(like.shape, dtype, like.device)
 
+    def stage_sum(self, key: str, change: Tensor) -> Tensor:
+        """The tensor of ``key``, if there is one, and ``change``: staged, in memory of its own."""
+        before, after = self._current.get(key), self.fresh(key, change)
+        after.copy_(change) if before is None else torch.add(before, change, out=after)
+        self.stage(key, after)
+        return after
+
     def stage(self, key: str, value: Tensor | None) -> None:
         """``value`` replaces the tensor at ``commit(True)``; None removes it."""
         self._staged[key] = value
@@ -102,6 +109,11 @@ class StagedTensors:
         self._spare.clear()
         self._shown.clear()
         self._current = {key: value.detach().clone() for key, value in state.items()}
+
+
+def recycled() -> StagedTensors:
+    """As a default of a dataclass."""
+    return StagedTensors(recycle=True)
 
 
 _BETWEEN = "::"  # not a part of any parameter's name

@@ -32,6 +32,21 @@ def test_two_memories_take_turns() -> None:
     assert content(tensors) == 5
 
 
+def test_sums_are_staged_in_memory_of_their_own() -> None:
+    tensors, change = StagedTensors(recycle=True), torch.ones(3, 4)
+    places = []
+    for step, ok in enumerate([True, False, True, True, True], start=1):
+        total = tensors.stage_sum("w", change)
+        assert tensors.staged("w") is total
+        assert tensors.get("w") is not total
+        places.append(total.data_ptr())
+        tensors.commit(ok)
+        assert content(tensors) == (step if step < 2 else step - 1)
+    assert bool((change == 1).all())
+    assert len(set(places)) == 2
+    assert change.data_ptr() not in places
+
+
 def test_a_step_given_up_leaves_what_was_and_its_memory() -> None:
     tensors = StagedTensors(recycle=True)
     places = [put(tensors, step) for step in range(2)]
