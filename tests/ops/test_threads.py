@@ -18,7 +18,7 @@ from .native_levels import needs_native, running
 pytestmark = needs_native
 
 SETUP = """
-import os, torch
+import os, signal, torch
 from commkit import ops
 def tasks(): return set(os.listdir("/proc/self/task"))
 def codes(): return ops.quantize_blocks(x, 8, 256, False, 0)[0]
@@ -57,6 +57,7 @@ def test_a_forked_process_has_threads_too() -> None:
 wanted = codes().numpy().tobytes()
 child = os.fork()
 if child == 0:  # where torch's own operators would wait for threads that there are no more
+    signal.alarm(50)
     os._exit(0 if codes().numpy().tobytes() == wanted else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
