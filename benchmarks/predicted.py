@@ -71,8 +71,7 @@ FRESH = "took fresh memory in every step then, which cost more than the arithmet
 MEASURED_AGAIN = {
     "local_updates_4_nodes_50mbit": (
         ("diloco_int8", "streaming", "co2", "dilocox", "noloco", "edit"),
-        "nodes had no share of the cores yet, so that ranks that were not in step computed faster than noop's: "
-        "see local_grid_4_nodes_50mbit",
+        "nodes had no share of the cores yet, so that ranks out of step were faster than noop's: see local_grid_4_nodes_50mbit",
     ),
     "grid_4_nodes_50mbit": (
         ("int4", "dynamic8", "natural", "qsgd", "terngrad"),
