@@ -40,11 +40,13 @@ struct Pool {
 
 #endif
 
+// Made when the library is loaded: the first call may come after a fork.
+const Pool kPool;
+
 } // namespace
 
 void commkit::run_on_threads(int threads, void (*work)(void *), void *data) {
-  static const Pool pool;
-  if (pool.run(threads, work, data))
+  if (kPool.run(threads, work, data))
     return;
   std::vector<std::thread> others;
   try {

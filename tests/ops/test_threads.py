@@ -52,9 +52,13 @@ print(len(kernels), kernels == both)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.timeout(120)
-def test_a_forked_process_has_threads_too() -> None:
-    program = """
+@pytest.mark.parametrize("before", ["codes()", "x.add(1)"])
+def test_a_forked_process_has_threads_too(before: str) -> None:
+    program = f"""
+{before}
+torch.set_num_threads(1)
 wanted = codes().numpy().tobytes()
+torch.set_num_threads(3)
 child = os.fork()
 if child == 0:  # where torch's own operators would wait for threads that there are no more
     signal.alarm(50)
