@@ -159,7 +159,7 @@ def _lingers(rank: int, step: int, method: Any) -> None:
 
     def close_late() -> None:
         close()
-        method.members.agent.wait_for(lambda m: m.view.epoch == 2)
+        await_joiner(method.members, 2)
 
     if step == 3:
         method.close = close_late
