@@ -33,13 +33,24 @@ class Pace:
     Args:
         alone: whatever the number of ranks.
         each: for each rank.
+        step: for each step of a round of local updates, where a method does something in all of them.
     """
 
     alone: float
     each: float
+    step: float = 0.0
 
-    def seconds(self, numel: int, world_size: int) -> float:
-        return numel * (self.alone + self.each * world_size)
+    def seconds(self, numel: int, world_size: int, steps: int = 0) -> float:
+        """Of a step, or of a round of so many."""
+        return numel * (self.alone + self.each * world_size + self.step * steps)
+
+    def __add__(self, other: Pace) -> Pace:
+        """Of both, one after the other."""
+        return Pace(self.alone + other.alone, self.each + other.each, self.step + other.step)
+
+    def __mul__(self, times: float) -> Pace:
+        """Where everything takes so many times as long."""
+        return Pace(times * self.alone, times * self.each, times * self.step)
 
 
 def pace_of(
@@ -64,15 +75,29 @@ def _timed(name: str, knobs: tuple[tuple[str, Any], ...], device: str, threads: 
     given = {**MEASURED_WITH.get(name, {}), **dict(knobs)}
     low, high = (_best(name, given, device, w) for w in _WORLDS)
     each = max(high - low, 0.0) / (_WORLDS[1] - _WORLDS[0])
-    return Pace(max(low - each * _WORLDS[0], 0.0) / numel, each / numel)
+    alone, step = low - each * _WORLDS[0], 0.0
+    if isinstance(make_scheme(name, given), OuterScheme):
+        half = _STEPS_OF_ROUND // 2
+        shorter = _best(name, given, device, _WORLDS[0], half)
+        step = max(low - shorter, 0.0) / (_STEPS_OF_ROUND - half)
+        alone -= step * _STEPS_OF_ROUND
+    return Pace(max(alone, 0.0) / numel, each / numel, step / numel)
 
 
-def _best(name: str, knobs: Mapping[str, Any], device: str, world_size: int) -> float:
+def _best(
+    name: str,
+    knobs: Mapping[str, Any],
+    device: str,
+    world_size: int,
+    steps_of_round: int = _STEPS_OF_ROUND,
+) -> float:
     made = make_scheme(name, knobs)
     if isinstance(made, ShardedScheme):
         return min(_sharded(made, device, world_size) for _ in range(_REPEATS))
     if isinstance(made, OuterScheme):
-        return min(_round(name, knobs, device, world_size) for _ in range(_REPEATS - 1))
+        return min(
+            _round(name, knobs, device, world_size, steps_of_round) for _ in range(_REPEATS - 1)
+        )
     shapes = {str(i): torch.Size((SIDE, SIDE)) for i in range(MATRICES)}
     gradients = {name: g.to(device) for name, g in gradients_like(shapes, seed=0).items()}
     seconds = min(
@@ -114,17 +139,17 @@ def _gradient_scheme(name: str, knobs: Mapping[str, Any]) -> Reducer | Optimizer
     return made
 
 
-def _round(name: str, knobs: Mapping[str, Any], device: str, world_size: int) -> float:
-    """Of a round's own arithmetic: less the optimizer's steps."""
+def _round(name: str, knobs: Mapping[str, Any], device: str, world_size: int, number: int) -> float:
+    """Of the own arithmetic of a round of so many steps: less the optimizer's."""
     layers = (torch.nn.Linear(SIDE, SIDE, bias=False, device=device) for _ in range(MATRICES))
     model = torch.nn.Sequential(*layers)
-    made = make_scheme(name, {**knobs, "sync_every": _STEPS_OF_ROUND})
+    made = make_scheme(name, {**knobs, "sync_every": number})
     assert isinstance(made, OuterScheme)
     ran = run_rounds(made, model, MirrorComm(world_size))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def steps() -> None:
-        for _ in range(_STEPS_OF_ROUND):
+        for _ in range(number):
             optimizer.step()
 
     return max(ran.seconds - timed(steps, torch.device(device)), 0.0)

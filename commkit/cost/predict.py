@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .cluster import Cluster
 from .collectives import Hops, hops
@@ -55,7 +55,8 @@ class Prediction:
         sync_every: steps per synchronisation; 1 of schemes for every step.
         step_s: mean seconds of a step, synchronisation shared among its steps.
         low_s, high_s: error bar of ``step_s``.
-        compute_s: of that, the model's own work.
+        compute_s: of that, the model's own work, each batch evaluated once.
+        again_s: of that, batches that the scheme evaluates again.
         exposed_s: the rest.
         sync_s: of one synchronisation, hidden or not, compression included.
         compression_s: of that, arithmetic.
@@ -78,6 +79,7 @@ class Prediction:
     link_bytes: float
     peak_bytes_per_s: float
     memory_bytes: float
+    again_s: float = 0.0
 
     @property
     def utilisation(self) -> float:
@@ -118,31 +120,34 @@ def predict(
         )
     sent = law.sent(work.shapes, cluster.world_size)
     costs = [(one, hops(one.op, one.scope, one.payload, cluster)) for one in sent]
-    arithmetic = pace.seconds(work.shapes.numel, cluster.world_size)
+    every = 1 if plan is None else plan.sync_every
+    arithmetic = pace.seconds(work.shapes.numel, cluster.world_size, every)
     sending = cluster.send_cpu_s_per_byte * sum(h.wire_bytes for _, h in costs)
+    again = (law.evaluations - 1) * work.compute_s
+    busy = replace(work, compute_s=work.compute_s + again)
 
     def step(slower: float) -> float:
         """Seconds, with transfers that take so many times what they should."""
         if plan is None:
-            return _every_step(law, work, cluster, costs, arithmetic, sending, slower)
-        return _local(work, cluster, plan, costs, arithmetic, sending, slower)
+            return _every_step(law, busy, cluster, costs, arithmetic, sending, slower)
+        return _local(busy, cluster, plan, costs, arithmetic, sending, slower)
 
-    every = 1 if plan is None else plan.sync_every
     middle = step(1.0)
     off = MODEL_ERROR + cluster.link.spread
     link_bytes = sum(h.link_bytes for _, h in costs if h.link is cluster.link)
     parts = 1 if plan is None else len(plan.parts)
-    window = work.compute_s * (work.backward_share if plan is None else 1)
+    window = busy.compute_s * (work.backward_share if plan is None else 1)
     if plan is not None:
         window *= max(1, max(delay for _, delay in plan.parts))
     return Prediction(
         scheme=law.name,
         sync_every=every,
         step_s=middle,
-        low_s=step(1 - off) - work.spread * work.compute_s,
-        high_s=step(1 + off) + work.spread * work.compute_s,
+        low_s=step(1 - off) - work.spread * busy.compute_s,
+        high_s=step(1 + off) + work.spread * busy.compute_s,
         compute_s=work.compute_s,
-        exposed_s=middle - work.compute_s,
+        again_s=again,
+        exposed_s=middle - busy.compute_s,
         sync_s=_seconds(costs) + arithmetic,
         compression_s=arithmetic,
         wire_bytes=sum(h.wire_bytes for _, h in costs) / every,

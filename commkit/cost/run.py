@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Ran:
         state_bytes: that it keeps between steps.
         seconds: that it took, collectives excluded.
         calls: these collectives, where ``comm`` writes them down.
+        evaluations: of the closure that the optimizer's steps are given, in a step.
     """
 
     payload_bytes: int
@@ -49,6 +50,7 @@ class Ran:
     state_bytes: int
     seconds: float
     calls: tuple[Call, ...]
+    evaluations: float = 1.0
 
 
 def run_steps(
@@ -96,6 +98,13 @@ def run_rounds(
     generator = torch.Generator().manual_seed(comm.rank)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator).to(p.device)
+    evaluated = 0
+
+    def closure() -> float:
+        nonlocal evaluated
+        evaluated += 1
+        return 0.0
+
     with made(model, optimizer, comm) as outer:
         if look is not None:
             look(outer)
@@ -103,11 +112,11 @@ def run_rounds(
             outer.state_dict()  # waits for what is in flight
             mark = _Mark(comm, next(model.parameters()).device)
             for _ in range(outer.sync_every):
-                # Some methods evaluate a batch again.
-                optimizer.step(lambda: 0.0)
+                optimizer.step(closure)
         outer.state_dict()
         mark.stop()
-        return mark.ended(list(outer.kept_tensors()))
+        ran = mark.ended(list(outer.kept_tensors()))
+        return replace(ran, evaluations=evaluated / (STEPS * outer.sync_every))
 
 
 def run_sharded(

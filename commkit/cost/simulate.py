@@ -179,10 +179,12 @@ def _together(
 
 def _own_s(found: Prediction, plan: Round, cluster: Cluster) -> float:
     """Of a round, that takes the processors on which the model is computed."""
-    arithmetic = 0.0 if cluster.compresses_beside else found.compression_s
+    own = found.again_s * found.sync_every
+    if not cluster.compresses_beside:
+        own += found.compression_s
     if all(delay == 0 for _, delay in plan.parts):  # nobody computes while messages are sent
-        return arithmetic
-    return arithmetic + cluster.send_cpu_s_per_byte * found.wire_bytes * found.sync_every
+        return own
+    return own + cluster.send_cpu_s_per_byte * found.wire_bytes * found.sync_every
 
 
 def _away_s(found: Prediction, cluster: Cluster) -> float:

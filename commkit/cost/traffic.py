@@ -70,12 +70,14 @@ class Law:
         name, knobs: the scheme.
         per_round: a round of local updates, not a step.
         whole_step: nothing of it can start before backward has ended.
+        evaluations: of each batch; more than 1 where the optimizer's step evaluates it again.
     """
 
     name: str
     knobs: Mapping[str, Any]
     per_round: bool
     whole_step: bool
+    evaluations: float
     _payload: Mapping[tuple[Op, str], npt.NDArray[np.float64]] = field(repr=False)
     _count: Mapping[tuple[Op, str], npt.NDArray[np.float64]] = field(repr=False)
     _state: npt.NDArray[np.float64] = field(repr=False)
@@ -207,6 +209,7 @@ def _fit(
         knobs,
         per_round,
         whole_step,
+        max(one.evaluations for one in ran.values()),
         {k: solve(rows, [one[k][0] for one in sums.values()]) for k in kinds},
         {k: _solve(name, counts, [one[k][1] for one in sums.values()], slack=1.0) for k in kinds},
         solve(rows, [one.state_bytes for one in ran.values()]),

@@ -138,6 +138,7 @@ def _timed(
         scheme=name,
         alone=slowest(pace.alone, comm, device),
         each=slowest(pace.each, comm, device),
+        step=slowest(pace.step, comm, device),
     )
 
 

@@ -113,10 +113,11 @@ class CompressionFound(_Part):
     alone: NonNegative
     """Seconds per element of a step or round, see :class:`~commkit.cost.pace.Pace`."""
     each: NonNegative
+    step: NonNegative = 0.0
 
     @property
     def pace(self) -> Pace:
-        return Pace(self.alone, self.each)
+        return Pace(self.alone, self.each, self.step)
 
 
 class MemoryFound(_Part):

@@ -50,14 +50,15 @@ def _compute(probe: Probe) -> list[tuple[str, ...]]:
 
 def _compression(probe: Probe) -> list[tuple[str, ...]]:
     rows, world = (
-        [("scheme", "for this model", "GB/s")],
+        [("scheme", "for this model", "GB/s", "in each step of a round")],
         probe.cluster.nodes * probe.cluster.ranks_per_node,
     )
     numel = probe.model.shapes.numel
     for one in probe.compression:
         seconds = one.pace.seconds(numel, world)
         speed = f"{4 * numel / seconds / 1e9:.3g}" if seconds else "-"
-        rows.append((one.scheme, _time(seconds), speed))
+        each = numel * one.step
+        rows.append((one.scheme, _time(seconds), speed, _time(each) if each else "-"))
     return [*rows]
 
 

@@ -23,7 +23,6 @@ import yaml
 
 from commkit.advise import Question
 from commkit.config import ConfigError
-from commkit.cost.pace import Pace
 from commkit.cost.run import MEASURED_WITH
 from commkit.cost.scenario import LabPart, MethodPart, Scenario, load_scenario
 from commkit.cost.sharded import FSDP, is_sharded
@@ -234,11 +233,7 @@ def simulated(small: Scenario, probe: Probe, slower: float = 1.0) -> list[Outcom
         replace(cluster, send_cpu_s_per_byte=slower * cluster.send_cpu_s_per_byte),
     )
 
-    def pace(scheme: str) -> Pace:
-        found = question.pace(scheme)
-        return Pace(slower * found.alone, slower * found.each)
-
-    return simulate(small, pace, stage)
+    return simulate(small, lambda scheme: question.pace(scheme) * slower, stage)
 
 
 def conclude(

@@ -12,6 +12,7 @@ import torch
 from commkit import cli
 from commkit.comm import all_reduce_wire_bytes
 from commkit.config import ConfigError, validate
+from commkit.cost import pace
 from commkit.cost.cluster import Cluster, Link
 from commkit.cost.collectives import hops
 from commkit.cost.pace import Pace
@@ -167,6 +168,35 @@ def test_the_smallest_round_reaches_the_utilisation_and_half_of_it_does_not():
         smallest_sync_every(1, predicted)
 
 
+def test_batches_that_are_evaluated_twice_take_twice_the_time():
+    """Learnt from the optimizer's step, which calls its closure."""
+    endless = of_nodes(4, Link(1e15, 0.0))
+    for name, times in (("dfedsam_mgs", 2), ("gossip", 1)):
+        found = predict(law_of(name), FREE, Workload(lab_shapes(), 0.5), endless, round_of(name, 4))
+        assert found.step_s == pytest.approx(times * 0.5, rel=1e-6)
+        assert found.utilisation == pytest.approx(1 / times, rel=1e-6)
+
+
+def test_what_a_round_takes_is_told_from_what_each_of_its_steps_takes(monkeypatch):
+    """Of a clock that is exact."""
+
+    def seconds(name, knobs, device, world_size, number):
+        return 5.0 + 2.0 * world_size + 0.25 * number
+
+    monkeypatch.setattr(pace, "_round", seconds)
+    found = pace.pace_of("gossip", {"wire_dtype": "bf16"})
+    numel = pace.MATRICES * pace.SIDE**2
+    for number in (1, 16, 24):
+        assert found.seconds(numel, 4, number) == pytest.approx(5 + 2 * 4 + 0.25 * number)
+    work, cluster = Workload(lab_shapes(), 0.5), of_nodes(4, Link(1e15, 0.0))
+    of_every = [
+        predict(law_of("gossip"), Pace(1e-9, 0, 2e-9), work, cluster, round_of("gossip", every))
+        for every in (1, 8)
+    ]
+    numel = lab_shapes().numel
+    assert [one.compression_s for one in of_every] == pytest.approx([3e-9 * numel, 17e-9 * numel])
+
+
 def test_transformers_have_the_size_that_was_asked_for():
     for size in (10**6, 7 * 10**9, 107 * 10**9):
         assert transformer(size).numel == pytest.approx(size, rel=0.02)
@@ -209,16 +239,16 @@ def test_a_simulation_without_chance_is_the_prediction():
         assert one.idle_share == pytest.approx(1 - found.utilisation, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["int8", "diloco", "co2"])
+@pytest.mark.parametrize("name", ["int8", "diloco", "co2", "dfedsam_mgs"])
 def test_a_simulation_is_the_prediction_on_any_stage(name):
     """Also where arithmetic and sending take the processors on which the model is computed."""
     every = None if name == "int8" else 20
     given = scenario(methods=[{"scheme": name, "sync_every": every}])
     busy = replace(of_nodes(4, Link(2e6, 1e-3)), send_cpu_s_per_byte=1e-8)
-    stage, pace = Stage(Workload(lab_shapes(), 0.5), busy), Pace(2e-9, 1e-10)
-    (one,) = simulate(given, lambda scheme: pace, stage)
+    stage, own = Stage(Workload(lab_shapes(), 0.5), busy), Pace(2e-9, 1e-10, 3e-10)
+    (one,) = simulate(given, lambda scheme: own, stage)
     plan = None if every is None else round_of(name, every)
-    found = predict(law_of(name), pace, stage.work, busy, plan)
+    found = predict(law_of(name), own, stage.work, busy, plan)
     assert one.step_s == pytest.approx(found.step_s, rel=1e-6)
     assert one.idle_share == pytest.approx(1 - found.utilisation, rel=1e-6)
 

@@ -360,10 +360,11 @@ def test_connections_that_are_not_found_are_refused() -> None:
 
 
 def test_looking_at_connections_opens_none() -> None:
-    before = len(tcp_connections())
+    before = {connection.inode for connection in tcp_connections()}
     for _ in range(50):
         tcp_connections()
-    assert len(tcp_connections()) == before
+    # Those of others in this process may have ended meanwhile.
+    assert {connection.inode for connection in tcp_connections()} <= before
 
 
 def test_wrapped_models_are_refused(tmp_path: Any) -> None:
