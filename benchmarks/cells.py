@@ -24,6 +24,7 @@ from commkit.cost.rounds import round_of
 from commkit.cost.sharded import is_sharded, predict_sharded
 from commkit.cost.traffic import law_of
 from commkit.probe import Probe, load_probe
+from launch.netlab.cores import cores_of
 from launch.settings import BatchSettings
 
 NOOP = "noop"
@@ -71,6 +72,12 @@ FEWEST_SLOW = 2  # where all are alike, as plain DDP's are that wait for the lin
 STAGED = ("onebit_adam", "onebit_lamb", "zero_one_adam")
 # The folder of the probes that were made on the machine and the day of comparisons whose names begin so.
 ALONGSIDE = {
+    "kinds": "kinds",
+    "monna": "kinds",
+    "coordinated": "kinds",
+    "hsdp_2x2_1gbit": "kinds",
+    "hsdp_2x2_200mbit": "kinds",
+    "hsdp_2x2_50mbit": "kinds",
     "grid_again": "grid_again",
     "grid": "grid",
     "sign_2_nodes": "grid",
@@ -109,6 +116,7 @@ class Cell:
         measured: medians by figure.
         noop_s: the comparison's step without communication.
         base_s: a step with none between nodes: the same, or that of models sharded inside them.
+        cores: of the machine that all nodes are on.
     """
 
     comparison: str
@@ -117,6 +125,7 @@ class Cell:
     measured: dict[str, float]
     noop_s: float
     base_s: float
+    cores: int
 
     @property
     def scheme(self) -> str:
@@ -138,6 +147,14 @@ class Cell:
         if self.local is not None and self.local.sync_every > 1:
             return self.measured["mean_step_seconds"]
         return self.measured["step_seconds"]
+
+    @property
+    def wire_bytes(self) -> float | None:
+        """That a rank sent in a step; None where that is not what is predicted: what goes between shards is counted too, and
+        of a coordinator's ranks it is the coordinator that counts."""
+        if self.sharded_inside or self.scheme in COORDINATED:
+            return None
+        return self.measured.get("wire_bytes")
 
     @property
     def note(self) -> str:
@@ -197,10 +214,12 @@ class Cell:
         def here(found: Cluster) -> Cluster:
             return replace(found, send_cpu_s_per_byte=slower * found.send_cpu_s_per_byte)
 
-        work = Workload(question.work.shapes, self.base_s)
+        work = Workload(question.work.shapes, self.base_s, units=question.work.units)
         if self.scheme in COORDINATED:
             spread = probe.compute.spread
-            return predict_coordinated(self.scheme, work, here(question.cluster), spread)
+            return predict_coordinated(
+                self.scheme, work, here(question.cluster), spread, self.slowness
+            )
         pace = question.pace(self.scheme) * slower
         if self.local is not None and self.local.reducer:
             pace += question.pace(self.local.reducer) * slower
@@ -208,6 +227,14 @@ class Cell:
             return predict_sharded(self.scheme, pace, work, here(question.whole_cluster))
         law = law_of(self.scheme, settings=self.settings)
         return predict(law, pace, work, here(question.cluster), self.plan)
+
+    @property
+    def slowness(self) -> list[float]:
+        """Of workers: in the lab, nodes that are on the idle coordinator's core have its part of it too."""
+        nodes, cores = self.setting["nodes"], set(range(self.cores))
+        homes = [cores_of(node, nodes, cores) for node in range(nodes)]
+        sharing = homes.count(homes[0])
+        return [(sharing - 1) / sharing if home == homes[0] else 1.0 for home in homes[1:]]
 
     @property
     def carried(self) -> float:
@@ -241,6 +268,7 @@ def cells(path: Path) -> list[Cell]:
             measured,
             noop,
             inside if name.startswith(HSDP) else noop,
+            comparison["machine"]["cores"],
         )
         for name, measured in medians.items()
         if measured
@@ -253,11 +281,12 @@ probe_at = cache(load_probe)
 def probe_for(probes: Path, cell: Cell) -> tuple[Probe, bool]:
     """The probe of the machine and the time of the cell, as near as there is one; and whether it is of its links."""
     nodes, per_node = cell.setting["nodes"], cell.setting["ranks_per_node"]
-    ranks = f"{nodes}x{per_node}" if cell.sharded_inside else f"{nodes * per_node}"
     folder = next(
         (probes / f for name, f in ALONGSIDE.items() if cell.comparison.startswith(name)), probes
     )
-    own = folder / f"{ranks}_nodes_{cell.setting['link']}.json"
-    return (
-        (probe_at(own), True) if own.exists() else (probe_at(folder / f"{ranks}_nodes.json"), False)
-    )
+    # Of two ranks on each of two nodes, in want of that of four nodes.
+    for ranks in (f"{nodes}x{per_node}", f"{nodes * per_node}"):
+        own = folder / f"{ranks}_nodes_{cell.setting['link']}.json"
+        if own.exists():
+            return probe_at(own), True
+    return probe_at(folder / f"{nodes * per_node}_nodes.json"), False

@@ -46,7 +46,7 @@ NEAR = 1.1  # of the best: what the recommended scheme may take
 def row_of(cell: Cell, found: Prediction) -> dict[str, Any]:
     step_s = cell.step_s(found)
     ratio = step_s / cell.seconds
-    counted = cell.measured.get("wire_bytes")
+    counted = cell.wire_bytes
     return {
         "comparison": cell.comparison,
         "scheme": cell.name,
@@ -62,7 +62,7 @@ def row_of(cell: Cell, found: Prediction) -> dict[str, Any]:
 
 def recommended(found: dict[str, tuple[Cell, Prediction]]) -> dict[str, Any]:
     """The choice among what a comparison measured, with the utilisation that ``commkit advise`` aims at, beside the measured
-    best."""
+    best. Where a step has not all ranks' batches in it, seconds are of as many steps as have."""
     rows = [
         Row(
             replace(prediction, scheme=name),
@@ -73,7 +73,9 @@ def recommended(found: dict[str, tuple[Cell, Prediction]]) -> dict[str, Any]:
         for name, (cell, prediction) in found.items()
     ]
     names, _ = choose(rows, Question.utilisation)
-    seconds = {name: cell.seconds for name, (cell, _) in found.items()}
+    seconds = {
+        name: cell.seconds * cell.base_s / one.compute_s for name, (cell, one) in found.items()
+    }
     best = min(seconds, key=lambda name: seconds[name])
     return {
         "recommended": names[0],

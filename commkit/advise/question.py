@@ -11,7 +11,7 @@ from ..cost.coordinated import SCHEMES as COORDINATED
 from ..cost.pace import Pace
 from ..cost.predict import Workload
 from ..cost.shapes import Shapes, transformer
-from ..cost.sharded import FSDP
+from ..cost.sharded import FSDP, units_of
 from ..cost.units import parse_bandwidth, parse_bytes, parse_count, parse_seconds
 from ..probe import Probe, ProbeError
 
@@ -121,8 +121,9 @@ class Question(Options):
     def work(self) -> Workload:
         """A rank's step on a replica, or on its shard of one."""
         whole = self.whole_work
-        shapes = whole.shapes.shard(self.shards) if self.shards > 1 else whole.shapes
-        return replace(whole, shapes=shapes)
+        if self.shards == 1:
+            return whole
+        return replace(whole, shapes=whole.shapes.shard(self.shards), units=units_of(whole.shapes))
 
     @property
     def whole_work(self) -> Workload:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,23 +90,28 @@ def method_of(name: str, num_workers: int, settings: Mapping[str, Any] | None = 
     return method
 
 
-def play(method: Method, times: Array, jobs: int) -> Played:
+def play(
+    method: Method, times: Array, jobs: int, arrivals: Callable[[Array], Array] = lambda done: done
+) -> Played:
     """
     Args:
         method: of :func:`method_of`, for as many workers.
         times: ``(rounds, workers)`` seconds for a worker's share of the batch, without redundancy; they begin anew after
             the last.
         jobs: optimizer steps to make.
+        arrivals: of the seconds at which a round's workers have computed, those at which the coordinator has what they send;
+            by default the same, see :meth:`Star.arrivals`.
     """
     if isinstance(method, Backup):
-        return _first(method, times, jobs)
+        return _first(method, times, jobs, arrivals)
     assert isinstance(method, Coding | SelectiveRepetition | Multiplexed)
-    return _coded(method, times, jobs)
+    return _coded(method, times, jobs, arrivals)
 
 
-def _first(method: Backup, times: Array, jobs: int) -> Played:
+def _first(method: Backup, times: Array, jobs: int, arrivals: Callable[[Array], Array]) -> Played:
     """A late worker finishes what it is at."""
-    clock, k = BackupClock(times), method.build(times.shape[1]).awaited
+    clock = BackupClock(np.array([arrivals(done) for done in times]))
+    k = method.build(times.shape[1]).awaited
     ends = [0.0]
     for _ in range(jobs):
         clock.wait(k)
@@ -113,16 +119,22 @@ def _first(method: Backup, times: Array, jobs: int) -> Played:
     return Played(np.diff(ends), jobs, k, 1.0)
 
 
-def _coded(method: Coding | SelectiveRepetition | Multiplexed, times: Array, jobs: int) -> Played:
+def _coded(
+    method: Coding | SelectiveRepetition | Multiplexed,
+    times: Array,
+    jobs: int,
+    arrivals: Callable[[Array], Array],
+) -> Played:
     """Whoever is late begins the next round with the others. Where no code is known that float32 can carry, a job is taken to
     be decodable when as many vectors are there as any code needs."""
     workers, candidate = times.shape[1], _candidate(method)
     needed = candidate.code_stragglers(workers)
     code = "auto" if needed is not None and is_usable(workers, needed) else None
     schedule = candidate.build(workers, None, code)
-    profile = DelayProfile(times * workers * schedule.load, schedule.load, slope=0.0)
+    rounds = np.array([arrivals(done) for done in times * workers * schedule.load])
+    profile = DelayProfile(rounds, schedule.load, slope=0.0)
     replayed = replay(candidate, profile, MuRule(method.mu), jobs, code)
-    return Played(np.array(replayed.durations), jobs, workers, _vectors(method))
+    return Played(np.array(replayed.durations), jobs, workers, vectors_of(method))
 
 
 def _candidate(method: Coding | SelectiveRepetition | Multiplexed) -> Candidate:
@@ -132,7 +144,7 @@ def _candidate(method: Coding | SelectiveRepetition | Multiplexed) -> Candidate:
     return Candidate(name, method.stragglers, method.burst, method.rounds)
 
 
-def _vectors(method: Coding | SelectiveRepetition | Multiplexed) -> float:
+def vectors_of(method: Method) -> float:
     """That a worker sends in a round."""
     # One for each of the mini-tasks, see :class:`~commkit.straggler.MSGC`.
     return method.rounds - 1 + method.burst if isinstance(method, Multiplexed) else 1
@@ -143,7 +155,7 @@ class Star:
     """A coordinator and its workers: everything passes the coordinator's link.
 
     Args:
-        down_s, up_s: of a round's weights to all workers, and of their vectors.
+        down_s, up_s: of a round's weights to all workers, and of their vectors, latency included.
         one_s: what a single worker's transfers take, both ways, latency included.
         link_bytes: that leave or reach the coordinator's node, the more of the two.
     """
@@ -152,6 +164,19 @@ class Star:
     up_s: float
     one_s: float
     link_bytes: float
+    latency_s: float = 0.0
+
+    def arrivals(self, done: Array) -> Array:
+        """
+        Args:
+            done: ``(workers,)`` seconds that each computes, from when it has the weights: all have them together.
+
+        Returns:
+            when the coordinator has what each sends, from the beginning of the round. Whoever sends at the same time has an
+            equal part of the link.
+        """
+        each_s = (self.up_s - self.latency_s) / len(done)
+        return shared_link(self.down_s + done, each_s) + self.latency_s
 
     @property
     def at_once_s(self) -> float:
@@ -177,11 +202,43 @@ def star_of(numel: int, vectors: float, cluster: Cluster) -> Star:
         away * vectors * one + link.latency_s,
         (1 + vectors) * one + 2 * link.latency_s,
         away * size * max(1.0, vectors),
+        link.latency_s,
     )
 
 
+def shared_link(starts: Array, each_s: float) -> Array:
+    """When transfers end that begin at ``starts`` and take ``each_s`` alone, on a link of which all that are under way have
+    equal parts. They are of one size, so they end in the order in which they begin."""
+    ends = np.empty_like(starts)
+    under_way: deque[tuple[float, int]] = deque()  # what each has to get of the link in all
+    now = got = 0.0  # by a transfer that was there from the start
+
+    def end_first() -> float:
+        return now + (under_way[0][0] - got) * len(under_way)
+
+    for index in np.argsort(starts, kind="stable").tolist():
+        start = float(starts[index])
+        while under_way and end_first() <= start:
+            now = end_first()
+            got, one = under_way.popleft()
+            ends[one] = now
+        if under_way:
+            got += (start - now) / len(under_way)
+        now = start
+        under_way.append((got + each_s, index))
+    while under_way:
+        now = end_first()
+        got, one = under_way.popleft()
+        ends[one] = now
+    return ends
+
+
 def predict_coordinated(
-    name: str, work: Workload, cluster: Cluster, jitter: float = 0.05
+    name: str,
+    work: Workload,
+    cluster: Cluster,
+    jitter: float = 0.05,
+    slowness: Sequence[float] | None = None,
 ) -> Prediction:
     """One rank coordinates, the others work. ``compute_s`` is what of a step's computing ends up in the weights.
 
@@ -190,6 +247,7 @@ def predict_coordinated(
         work: a rank's step.
         cluster: of all ranks.
         jitter: sigma of the logarithm of steps' times, which are independent: there are no other stragglers.
+        slowness: how many times ``work.compute_s`` each worker takes; None: all take as long.
 
     Raises:
         CoordinationError: see :func:`method_of`; fewer than three ranks.
@@ -201,12 +259,16 @@ def predict_coordinated(
     workers = cluster.world_size - 1
     normal = np.random.RandomState(0).standard_normal((_ROUNDS, workers))
     times: Array = work.compute_s * np.exp(jitter * normal)
-    played = play(method_of(name, workers), times, _ROUNDS)
-    star = star_of(work.shapes.numel, played.vectors, cluster)
-    computing, useful = played.step_s, work.compute_s * played.used / cluster.world_size
+    if slowness is not None:
+        times = times * np.asarray(slowness)
+    method = method_of(name, workers)
+    star = star_of(work.shapes.numel, vectors_of(method), cluster)
+    computing = play(method, times, _ROUNDS).step_s
+    played = play(method, times, _ROUNDS, star.arrivals)
+    useful = work.compute_s * played.used / cluster.world_size
     off = MODEL_ERROR + cluster.link.spread
-    # Between these two a network does what it does; transfers at once are what TCP tends to.
-    step, size = computing + star.at_once_s, ELEMENT * float(work.shapes.numel)
+    # Between all at once and one after another a network does what it does; at once is what TCP tends to.
+    step, size = played.step_s, ELEMENT * float(work.shapes.numel)
     return Prediction(
         scheme=name,
         sync_every=1,

@@ -27,6 +27,7 @@ class Workload:
         backward_share: of ``compute_s``: where gradients come; a third of the work is forward.
         spread: relative standard deviation of ``compute_s``.
         bytes_per_parameter: that training keeps without any scheme: float32 weights, gradients and Adam's two.
+        units: equal parts in which gradients come, as those of ``fully_shard``; 0: in DDP's buckets.
 
     Raises:
         ValueError: no parameters, no time, or a share outside (0, 1].
@@ -37,6 +38,7 @@ class Workload:
     backward_share: float = 2 / 3
     spread: float = 0.05
     bytes_per_parameter: float = 16.0
+    units: int = 0
 
     def __post_init__(self) -> None:
         if self.shapes.numel < 1:
@@ -173,7 +175,7 @@ def _every_step(
     slower: float,
 ) -> float:
     """Buckets become ready while backward runs, and are reduced one after another."""
-    shares = bucket_shares(work.shapes.numel * ELEMENT) if not law.whole_step else [1.0]
+    shares = [1.0] if law.whole_step else _shares(work)
     transfer = slower * sum(h.transfer_s for _, h in costs)
     latency = slower * (_seconds(costs) - sum(h.transfer_s for _, h in costs))
     backward = work.compute_s * work.backward_share
@@ -185,6 +187,12 @@ def _every_step(
         if not cluster.compresses_beside:
             ready += share * arithmetic
     return max(done, work.compute_s + sending)
+
+
+def _shares(work: Workload) -> list[float]:
+    if work.units:
+        return [1 / work.units] * work.units
+    return bucket_shares(work.shapes.numel * ELEMENT)
 
 
 def bucket_shares(size: float) -> list[float]:

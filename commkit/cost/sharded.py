@@ -17,6 +17,7 @@ from .collectives import hops
 from .pace import Pace
 from .predict import ELEMENT, Prediction, Workload
 from .run import GATHERS, MEASURED_WITH, run_sharded
+from .shapes import Shapes
 
 FSDP = "fsdp"  # stands for FSDP itself, in full precision, as "ddp" does for DDP
 MODEL_ERROR = 0.3  # of communication: less is measured of sharded models than of replicas
@@ -60,6 +61,11 @@ def flow_of(made: ShardedScheme, world_size: int) -> Flow:
     )
 
 
+def units_of(shapes: Shapes) -> int:
+    """Parts of a model on which ``fully_shard`` is called."""
+    return max(1, shapes.matrices // _PER_UNIT)
+
+
 @lru_cache(maxsize=256)
 def is_sharded(name: str) -> bool:
     """Whether it is a scheme for sharded models that can be predicted, or :data:`FSDP`."""
@@ -99,7 +105,7 @@ def predict_sharded(name: str, pace: Pace, work: Workload, cluster: Cluster) -> 
         ValueError: a scheme of another kind.
     """
     world, shapes = cluster.world_size, work.shapes
-    units = max(1, shapes.matrices // _PER_UNIT)
+    units = units_of(shapes)
     # Norms and biases go in full precision, in the messages of their unit.
     flows = (
         (scheme_flow(name, world, cluster.ranks_per_node), shapes.matrix_numel, units),

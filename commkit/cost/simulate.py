@@ -17,7 +17,7 @@ import numpy as np
 from .cluster import Cluster
 from .collectives import Hops, hops
 from .coordinated import SCHEMES as COORDINATED
-from .coordinated import method_of, play, star_of
+from .coordinated import method_of, play, star_of, vectors_of
 from .pace import Pace
 from .predict import ELEMENT, Prediction, Round, Workload, predict
 from .rounds import round_of
@@ -272,12 +272,12 @@ def _coordinated(scenario: Scenario, stage: Stage, method: MethodPart) -> Outcom
         found = method_of(method.scheme, num - 1, method.settings)
     except ValueError as error:
         raise SimulationError(f"methods: {error}") from error
-    played = play(found, times, scenario.rounds)
-    star = star_of(numel, played.vectors, stage.cluster)
+    star = star_of(numel, vectors_of(found), stage.cluster)
+    played = play(found, times, scenario.rounds, star.arrivals)
     # Down and up, each as slow as its slowest message.
     late = workers.slowest_messages(len(played.seconds), 2, stage.cluster.link.latency_s)
-    sync = star.at_once_s + float(late.mean()) - 2 * stage.cluster.link.latency_s
-    seconds = float(played.seconds.sum()) + sync * len(played.seconds)
+    late_s = float(late.mean()) - 2 * stage.cluster.link.latency_s
+    seconds = float(played.seconds.sum()) + late_s * len(played.seconds)
     step_s = seconds / played.jobs
     useful = float(times.mean()) * played.used / num
     return Outcome(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SHARED = {"harness.py", "model.py", "report.py", "run_all.py"}
+SHARED = {"cells.py", "harness.py", "model.py", "report.py", "run_all.py"}
 
 
 def test_many_buckets_runs_and_writes_its_result(tmp_path: Path) -> None:

@@ -129,6 +129,17 @@ def test_buckets_hold_everything():
         assert sum(bucket_shares(size)) == pytest.approx(1)
 
 
+def test_units_hide_what_a_single_bucket_cannot():
+    """A model that fits a bucket of DDP comes in parts where it is sharded."""
+    work, cluster = Workload(shapes_of([(512, 512)] * 8), 0.5), of_nodes(4, Link(1e8, 0.0))
+    one, four = (
+        predict(law_of("ddp"), FREE, replace(work, units=units), cluster) for units in (1, 4)
+    )
+    assert one.exposed_s == pytest.approx(one.sync_s)  # all comes when backward ends
+    assert four.exposed_s == pytest.approx(four.sync_s / 4)
+    assert four.link_bytes == one.link_bytes
+
+
 def test_nothing_is_exposed_on_an_endless_link_and_all_of_it_on_a_slow_one():
     work = Workload(lab_shapes(), 1.0)
     fast = predict(law_of("ddp"), FREE, work, of_nodes(4, Link(1e15, 0.0)))

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from commkit.config import validate
 from commkit.cost.cluster import Cluster, Link
@@ -12,6 +14,7 @@ from commkit.cost.coordinated import (
     method_of,
     play,
     predict_coordinated,
+    shared_link,
     star_of,
 )
 from commkit.cost.pace import Pace, pace_of
@@ -124,6 +127,41 @@ def test_everything_passes_the_coordinators_link():
     assert star.down_s == star.up_s == pytest.approx(7 * 4.0)
     assert star.in_turn_s == pytest.approx(7 * 4.0 + 2 * 4.0)
     assert star.in_turn_s < star.at_once_s
+
+
+@given(starts=st.lists(st.floats(0, 20), min_size=1, max_size=9), each=st.floats(0.01, 5))
+def test_a_shared_link_carries_everything_and_is_never_idle(starts, each):
+    begun = np.array(starts)
+    ends = shared_link(begun, each)
+    assert (ends >= begun + each - 1e-9).all()
+    assert (ends <= begun + len(starts) * each + 1e-9).all()
+    order = np.argsort(begun, kind="stable")
+    assert (np.diff(ends[order]) >= -1e-9).all()
+    end = 0.0
+    for start in begun[order]:  # one after another takes as long in all
+        end = max(end, start) + each
+    assert ends.max() == pytest.approx(end)
+
+
+def test_equal_parts_of_a_link():
+    assert shared_link(np.array([0.0, 0.0, 9.0]), 1.0).tolist() == [2.0, 2.0, 10.0]
+    # Alone for 0.5 s, then half of it each.
+    assert shared_link(np.array([0.5, 0.0]), 1.0).tolist() == [2.0, 1.5]
+
+
+def test_whoever_computes_faster_sends_while_others_compute():
+    where = cluster(1e7, nodes=4, per_node=1, latency=0.0)
+    for name in ("backup", "gradient_coding", "m_sgc"):
+        alike = coordinated(name, where)
+        fast = predict_coordinated(name, WORK, where, 0.0, [0.5, 1.0, 1.0])
+        assert alike.step_s == pytest.approx(alike.sync_s + _rounds(name, [1.0] * 3), rel=0.01)
+        assert _rounds(name, [0.5, 1, 1]) < fast.step_s < alike.step_s
+        assert fast.compute_s == alike.compute_s
+
+
+def _rounds(name, seconds):
+    """Seconds of a step where nothing has to be sent."""
+    return play(method_of(name, 3), np.array([seconds]), 200).step_s
 
 
 def test_the_first_two_of_three_are_awaited_and_the_third_comes_late():
