@@ -26,7 +26,7 @@ train: venv
 	$(PY) launch/quickstart.py $(ARGS)
 
 test: venv
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: venv docs
 	$(VENV)/bin/ruff format --check .
