@@ -81,13 +81,20 @@ ALONGSIDE = {
     "grid_again": "grid_again",
     "grid": "grid",
     "sign_2_nodes": "grid",
+    "systems_again": "systems_again",
     "systems_4_nodes": "systems",
     "local_grid": "local_grid",
     "econtrol": "econtrol",
 }
 # Of these comparisons, configurations that were measured again, and why.
 FRESH = "took fresh memory in every step then, which cost more than the arithmetic: see"
+SYSTEMS = (
+    ("powersgd", "onebit_adam", "dgc", "demo"),
+    "over the host's TCP then, and before nodes had their share of the cores: see systems_again_4_nodes_100mbit",
+)
 MEASURED_AGAIN = {
+    "systems_4_nodes_100mbit": SYSTEMS,
+    "systems_4_nodes_100mbit_all": SYSTEMS,
     "local_updates_4_nodes_50mbit": (
         ("diloco_int8", "streaming", "co2", "dilocox", "noloco", "edit"),
         "nodes had no share of the cores yet, so that ranks out of step were faster than noop's: see local_grid_4_nodes_50mbit",
