@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,27 +90,26 @@ def method_of(name: str, num_workers: int, settings: Mapping[str, Any] | None = 
     return method
 
 
-def play(
-    method: Method, times: Array, jobs: int, arrivals: Callable[[Array], Array] = lambda done: done
-) -> Played:
+def play(method: Method, times: Array, jobs: int, star: Star | None = None) -> Played:
     """
     Args:
         method: of :func:`method_of`, for as many workers.
         times: ``(rounds, workers)`` seconds for a worker's share of the batch, without redundancy; they begin anew after
             the last.
         jobs: optimizer steps to make.
-        arrivals: of the seconds at which a round's workers have computed, those at which the coordinator has what they send;
-            by default the same, see :meth:`Star.arrivals`.
+        star: whose transfers take time too; None: nothing has to be sent.
     """
     if isinstance(method, Backup):
-        return _first(method, times, jobs, arrivals)
+        return _first(method, times, jobs, star)
     assert isinstance(method, Coding | SelectiveRepetition | Multiplexed)
-    return _coded(method, times, jobs, arrivals)
+    return _coded(method, times, jobs, star)
 
 
-def _first(method: Backup, times: Array, jobs: int, arrivals: Callable[[Array], Array]) -> Played:
+def _first(method: Backup, times: Array, jobs: int, star: Star | None) -> Played:
     """A late worker finishes what it is at."""
-    clock = BackupClock(np.array([arrivals(done) for done in times]))
+    if star is not None:
+        times = np.array([star.arrivals(done, late_go_on=True) for done in times])
+    clock = BackupClock(times)
     k = method.build(times.shape[1]).awaited
     ends = [0.0]
     for _ in range(jobs):
@@ -123,7 +122,7 @@ def _coded(
     method: Coding | SelectiveRepetition | Multiplexed,
     times: Array,
     jobs: int,
-    arrivals: Callable[[Array], Array],
+    star: Star | None,
 ) -> Played:
     """Whoever is late begins the next round with the others. Where no code is known that float32 can carry, a job is taken to
     be decodable when as many vectors are there as any code needs."""
@@ -131,7 +130,9 @@ def _coded(
     needed = candidate.code_stragglers(workers)
     code = "auto" if needed is not None and is_usable(workers, needed) else None
     schedule = candidate.build(workers, None, code)
-    rounds = np.array([arrivals(done) for done in times * workers * schedule.load])
+    rounds = times * workers * schedule.load
+    if star is not None:
+        rounds = np.array([star.arrivals(done) for done in rounds])
     profile = DelayProfile(rounds, schedule.load, slope=0.0)
     replayed = replay(candidate, profile, MuRule(method.mu), jobs, code)
     return Played(np.array(replayed.durations), jobs, workers, vectors_of(method))
@@ -166,17 +167,20 @@ class Star:
     link_bytes: float
     latency_s: float = 0.0
 
-    def arrivals(self, done: Array) -> Array:
+    def arrivals(self, done: Array, late_go_on: bool = False) -> Array:
         """
         Args:
-            done: ``(workers,)`` seconds that each computes, from when it has the weights: all have them together.
+            done: ``(workers,)`` seconds that each computes, from when it has the weights.
+            late_go_on: transfers that are late take part of the link from the next round, which counts here as if all that
+                are under way had equal parts of it. Else see :func:`transferred`.
 
         Returns:
-            when the coordinator has what each sends, from the beginning of the round. Whoever sends at the same time has an
-            equal part of the link.
+            when the coordinator has what each sends, from the beginning of the round.
         """
-        each_s = (self.up_s - self.latency_s) / len(done)
-        return shared_link(self.down_s + done, each_s) + self.latency_s
+        move = shared_link if late_go_on else transferred
+        down_s, up_s = ((s - self.latency_s) / len(done) for s in (self.down_s, self.up_s))
+        begun = move(np.zeros_like(done), down_s) + self.latency_s
+        return move(begun + done, up_s) + self.latency_s
 
     @property
     def at_once_s(self) -> float:
@@ -204,6 +208,20 @@ def star_of(numel: int, vectors: float, cluster: Cluster) -> Star:
         away * size * max(1.0, vectors),
         link.latency_s,
     )
+
+
+def transferred(starts: Array, each_s: float) -> Array:
+    """When transfers end that begin at ``starts`` and take ``each_s`` alone, on one link. TCP gives those that are under way
+    parts of it that are neither equal nor all to the first: halfway between the two."""
+    return (shared_link(starts, each_s) + queued(starts, each_s)) / 2
+
+
+def queued(starts: Array, each_s: float) -> Array:
+    """The same, one after another: nothing can end sooner, as many as have ended before it."""
+    ends, end = np.empty_like(starts), 0.0
+    for index in np.argsort(starts, kind="stable").tolist():
+        end = ends[index] = max(end, float(starts[index])) + each_s
+    return ends
 
 
 def shared_link(starts: Array, each_s: float) -> Array:
@@ -264,10 +282,10 @@ def predict_coordinated(
     method = method_of(name, workers)
     star = star_of(work.shapes.numel, vectors_of(method), cluster)
     computing = play(method, times, _ROUNDS).step_s
-    played = play(method, times, _ROUNDS, star.arrivals)
+    played = play(method, times, _ROUNDS, star)
     useful = work.compute_s * played.used / cluster.world_size
     off = MODEL_ERROR + cluster.link.spread
-    # Between all at once and one after another a network does what it does; at once is what TCP tends to.
+    # Between all at once and one after another a network does what it does.
     step, size = played.step_s, ELEMENT * float(work.shapes.numel)
     return Prediction(
         scheme=name,

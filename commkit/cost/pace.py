@@ -23,6 +23,7 @@ _WORLDS = (2, 8)
 _REPEATS = 3
 _STEPS = 8  # until memory that is given back is what is taken again: the second takes up to four times as long
 _STEPS_OF_ROUND = 24
+_ROUNDS = 5  # for the same reason
 TIMED = (Reducer, OptimizerScheme, OuterScheme, ShardedScheme)  # kinds of schemes that can be
 
 
@@ -145,7 +146,7 @@ def _round(name: str, knobs: Mapping[str, Any], device: str, world_size: int, nu
     model = torch.nn.Sequential(*layers)
     made = make_scheme(name, {**knobs, "sync_every": number})
     assert isinstance(made, OuterScheme)
-    ran = run_rounds(made, model, MirrorComm(world_size))
+    ran = run_rounds(made, model, MirrorComm(world_size), rounds=_ROUNDS)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def steps() -> None:

@@ -87,12 +87,17 @@ def run_steps(
 
 
 def run_rounds(
-    made: OuterScheme, model: nn.Module, comm: Comm, look: Callable[[OuterSync], None] | None = None
+    made: OuterScheme,
+    model: nn.Module,
+    comm: Comm,
+    look: Callable[[OuterSync], None] | None = None,
+    rounds: int = STEPS,
 ) -> Ran:
     """Rounds of a method with local updates, around SGD on random gradients.
 
     Args:
         look: sees the method at work, before the first step.
+        rounds: the last one is what is told.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(comm.rank)
@@ -108,7 +113,7 @@ def run_rounds(
     with made(model, optimizer, comm) as outer:
         if look is not None:
             look(outer)
-        for _ in range(STEPS):
+        for _ in range(rounds):
             outer.state_dict()  # waits for what is in flight
             mark = _Mark(comm, next(model.parameters()).device)
             for _ in range(outer.sync_every):
@@ -116,7 +121,7 @@ def run_rounds(
         outer.state_dict()
         mark.stop()
         ran = mark.ended(list(outer.kept_tensors()))
-        return replace(ran, evaluations=evaluated / (STEPS * outer.sync_every))
+        return replace(ran, evaluations=evaluated / (rounds * outer.sync_every))
 
 
 def run_sharded(

@@ -273,7 +273,7 @@ def _coordinated(scenario: Scenario, stage: Stage, method: MethodPart) -> Outcom
     except ValueError as error:
         raise SimulationError(f"methods: {error}") from error
     star = star_of(numel, vectors_of(found), stage.cluster)
-    played = play(found, times, scenario.rounds, star.arrivals)
+    played = play(found, times, scenario.rounds, star)
     # Down and up, each as slow as its slowest message.
     late = workers.slowest_messages(len(played.seconds), 2, stage.cluster.link.latency_s)
     late_s = float(late.mean()) - 2 * stage.cluster.link.latency_s

@@ -14,8 +14,10 @@ from commkit.cost.coordinated import (
     method_of,
     play,
     predict_coordinated,
+    queued,
     shared_link,
     star_of,
+    transferred,
 )
 from commkit.cost.pace import Pace, pace_of
 from commkit.cost.predict import Workload
@@ -143,20 +145,35 @@ def test_a_shared_link_carries_everything_and_is_never_idle(starts, each):
     assert ends.max() == pytest.approx(end)
 
 
+@given(starts=st.lists(st.floats(0, 20), min_size=1, max_size=9), each=st.floats(0.01, 5))
+def test_nothing_ends_sooner_than_one_after_another(starts, each):
+    begun = np.array(starts)
+    first, equal = queued(begun, each), shared_link(begun, each)
+    between = transferred(begun, each)
+    assert (first <= equal + 1e-9).all()
+    assert (first - 1e-9 <= between).all()
+    assert (between <= equal + 1e-9).all()
+    assert between.max() == pytest.approx(first.max())
+
+
 def test_equal_parts_of_a_link():
     assert shared_link(np.array([0.0, 0.0, 9.0]), 1.0).tolist() == [2.0, 2.0, 10.0]
     # Alone for 0.5 s, then half of it each.
     assert shared_link(np.array([0.5, 0.0]), 1.0).tolist() == [2.0, 1.5]
 
 
-def test_whoever_computes_faster_sends_while_others_compute():
+@pytest.mark.parametrize("name", ["backup", "gradient_coding", "sr_sgc", "m_sgc"])
+def test_a_step_of_a_coordinator_is_between_one_after_another_and_all_at_once(name):
     where = cluster(1e7, nodes=4, per_node=1, latency=0.0)
-    for name in ("backup", "gradient_coding", "m_sgc"):
-        alike = coordinated(name, where)
-        fast = predict_coordinated(name, WORK, where, 0.0, [0.5, 1.0, 1.0])
-        assert alike.step_s == pytest.approx(alike.sync_s + _rounds(name, [1.0] * 3), rel=0.01)
-        assert _rounds(name, [0.5, 1, 1]) < fast.step_s < alike.step_s
-        assert fast.compute_s == alike.compute_s
+    for slowness in ([1.0, 1.0, 1.0], [0.5, 1.0, 1.0], [1.0, 1.0, 2.0]):
+        found = predict_coordinated(name, WORK, where, 0.0, slowness)
+        computing = _rounds(name, slowness)
+        assert computing < found.step_s <= 1.01 * (computing + found.sync_s)
+    alike, faster = (
+        predict_coordinated(name, WORK, where, 0.0, slowness)
+        for slowness in ([1.0, 1.0, 1.0], [0.5, 0.5, 0.5])
+    )
+    assert faster.step_s < alike.step_s
 
 
 def _rounds(name, seconds):
