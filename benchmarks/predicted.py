@@ -28,19 +28,6 @@ from commkit.cost.predict import Prediction
 
 RESULTS = harness.ROOT / "benchmarks" / "results"
 LAB = RESULTS / "lab"
-# Why cells lie outside.
-SHARED_LINK = (
-    "whoever sends at a time has an equal part of the coordinator's link in the model; here one of those awaited was "
-    "done before the others"
-)
-MISSES = {
-    ("coordinated_4_nodes_1gbit", "sr_sgc"): SHARED_LINK,
-    ("coordinated_4_nodes_50mbit", "gradient_coding"): SHARED_LINK,
-    (
-        "monna_2_nodes_1gbit",
-        "monna",
-    ): "a probe times its second round, in memory that is fresh; later ones find their own again and take less",
-}
 WANTED = (0.85, 1.15)
 NEAR = 1.1  # of the best: what the recommended scheme may take
 

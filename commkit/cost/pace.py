@@ -32,7 +32,7 @@ class Pace:
     """Seconds per element of one step or round; linear in the number of ranks, whose payloads are decoded.
 
     Args:
-        alone: whatever the number of ranks.
+        alone: whatever the number of ranks; below 0 where time grows faster than they do.
         each: for each rank.
         step: for each step of a round of local updates, where a method does something in all of them.
     """
@@ -43,7 +43,7 @@ class Pace:
 
     def seconds(self, numel: int, world_size: int, steps: int = 0) -> float:
         """Of a step, or of a round of so many."""
-        return numel * (self.alone + self.each * world_size + self.step * steps)
+        return numel * max(self.alone + self.each * world_size + self.step * steps, 0.0)
 
     def __add__(self, other: Pace) -> Pace:
         """Of both, one after the other."""
@@ -82,7 +82,7 @@ def _timed(name: str, knobs: tuple[tuple[str, Any], ...], device: str, threads: 
         shorter = _best(name, given, device, _WORLDS[0], half)
         step = max(low - shorter, 0.0) / (_STEPS_OF_ROUND - half)
         alone -= step * _STEPS_OF_ROUND
-    return Pace(max(alone, 0.0) / numel, each / numel, step / numel)
+    return Pace(alone / numel, each / numel, step / numel)
 
 
 def _best(

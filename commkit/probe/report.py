@@ -110,7 +110,7 @@ class ComputeFound(_Part):
 
 class CompressionFound(_Part):
     scheme: str
-    alone: NonNegative
+    alone: Annotated[float, Field(allow_inf_nan=False)]
     """Seconds per element of a step or round, see :class:`~commkit.cost.pace.Pace`."""
     each: NonNegative
     step: NonNegative = 0.0

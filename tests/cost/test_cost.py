@@ -199,6 +199,10 @@ def test_what_a_round_takes_is_told_from_what_each_of_its_steps_takes(monkeypatc
     numel = pace.MATRICES * pace.SIDE**2
     for number in (1, 16, 24):
         assert found.seconds(numel, 4, number) == pytest.approx(5 + 2 * 4 + 0.25 * number)
+    # What grows faster than the ranks is met where it was timed.
+    monkeypatch.setattr(pace, "_round", lambda *told: 1.0 * told[3] ** 2)
+    steep = pace.pace_of("push_sum", {"wire_dtype": "bf16"})
+    assert [steep.seconds(numel, world, 16) for world in (1, 2, 8)] == pytest.approx([0, 4, 64])
     work, cluster = Workload(lab_shapes(), 0.5), of_nodes(4, Link(1e15, 0.0))
     of_every = [
         predict(law_of("gossip"), Pace(1e-9, 0, 2e-9), work, cluster, round_of("gossip", every))
