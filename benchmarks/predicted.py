@@ -97,11 +97,6 @@ def measure(options: argparse.Namespace) -> Result:
                 choices.append({"comparison": path.stem, **recommended(alike)})
     result.tables = {"step time": rows, "recommended": choices, "not predicted": unpredicted}
     result.targets = targets(rows, choices)
-    result.notes = [
-        f"{comparison}, {scheme}: {why}"
-        for (comparison, scheme), why in MISSES.items()
-        if any(not row["inside"] for row in rows if row["comparison"] == comparison)
-    ]
     return result
 
 
