@@ -23,7 +23,7 @@ _WORLDS = (2, 8)
 _REPEATS = 3
 _STEPS = 8  # until memory that is given back is what is taken again: the second takes up to four times as long
 _STEPS_OF_ROUND = 24
-_ROUNDS = 5  # for the same reason
+_ROUNDS = 5  # until memory is taken that was given back, too
 TIMED = (Reducer, OptimizerScheme, OuterScheme, ShardedScheme)  # kinds of schemes that can be
 
 

@@ -58,7 +58,7 @@ class Prediction:
         step_s: mean seconds of a step, synchronisation shared among its steps.
         low_s, high_s: error bar of ``step_s``.
         compute_s: of that, the model's own work, each batch evaluated once.
-        again_s: of that, batches that the scheme evaluates again.
+        again_s: of ``step_s``, batches that the scheme evaluates again.
         exposed_s: the rest.
         sync_s: of one synchronisation, hidden or not, compression included.
         compression_s: of that, arithmetic.
