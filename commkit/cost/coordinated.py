@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from ..straggler import (
 from ..straggler.selection import Scheme
 from .cluster import Cluster
 from .predict import ELEMENT, Prediction, Workload
+from .transfers import shared_link, transferred
 
 Array = npt.NDArray[np.float64]
 MODEL_ERROR = 0.3  # of communication
@@ -115,7 +115,7 @@ def _first(method: Backup, times: Array, jobs: int, star: Star | None) -> Played
     for _ in range(jobs):
         clock.wait(k)
         ends.append(clock.now)
-    return Played(np.diff(ends), jobs, k, 1.0)
+    return Played(np.diff(ends), jobs, k, vectors_of(method))
 
 
 def _coded(
@@ -159,20 +159,21 @@ class Star:
         down_s, up_s: of a round's weights to all workers, and of their vectors, latency included.
         one_s: what a single worker's transfers take, both ways, latency included.
         link_bytes: that leave or reach the coordinator's node, the more of the two.
+        latency_s: one way.
     """
 
     down_s: float
     up_s: float
     one_s: float
     link_bytes: float
-    latency_s: float = 0.0
+    latency_s: float
 
     def arrivals(self, done: Array, late_go_on: bool = False) -> Array:
         """
         Args:
             done: ``(workers,)`` seconds that each computes, from when it has the weights.
             late_go_on: transfers that are late take part of the link from the next round, which counts here as if all that
-                are under way had equal parts of it. Else see :func:`transferred`.
+                are under way had equal parts of it. Else see :func:`~commkit.cost.transfers.transferred`.
 
         Returns:
             when the coordinator has what each sends, from the beginning of the round.
@@ -208,47 +209,6 @@ def star_of(numel: int, vectors: float, cluster: Cluster) -> Star:
         away * size * max(1.0, vectors),
         link.latency_s,
     )
-
-
-def transferred(starts: Array, each_s: float) -> Array:
-    """When transfers end that begin at ``starts`` and take ``each_s`` alone, on one link. TCP gives those that are under way
-    parts of it that are neither equal nor all to the first: halfway between the two."""
-    return (shared_link(starts, each_s) + queued(starts, each_s)) / 2
-
-
-def queued(starts: Array, each_s: float) -> Array:
-    """The same, one after another: nothing can end sooner, as many as have ended before it."""
-    ends, end = np.empty_like(starts), 0.0
-    for index in np.argsort(starts, kind="stable").tolist():
-        end = ends[index] = max(end, float(starts[index])) + each_s
-    return ends
-
-
-def shared_link(starts: Array, each_s: float) -> Array:
-    """When transfers end that begin at ``starts`` and take ``each_s`` alone, on a link of which all that are under way have
-    equal parts. They are of one size, so they end in the order in which they begin."""
-    ends = np.empty_like(starts)
-    under_way: deque[tuple[float, int]] = deque()  # what each has to get of the link in all
-    now = got = 0.0  # by a transfer that was there from the start
-
-    def end_first() -> float:
-        return now + (under_way[0][0] - got) * len(under_way)
-
-    for index in np.argsort(starts, kind="stable").tolist():
-        start = float(starts[index])
-        while under_way and end_first() <= start:
-            now = end_first()
-            got, one = under_way.popleft()
-            ends[one] = now
-        if under_way:
-            got += (start - now) / len(under_way)
-        now = start
-        under_way.append((got + each_s, index))
-    while under_way:
-        now = end_first()
-        got, one = under_way.popleft()
-        ends[one] = now
-    return ends
 
 
 def predict_coordinated(

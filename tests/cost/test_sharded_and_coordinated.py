@@ -14,10 +14,7 @@ from commkit.cost.coordinated import (
     method_of,
     play,
     predict_coordinated,
-    queued,
-    shared_link,
     star_of,
-    transferred,
 )
 from commkit.cost.pace import Pace, pace_of
 from commkit.cost.predict import Workload
@@ -26,6 +23,7 @@ from commkit.cost.scenario import Scenario
 from commkit.cost.shapes import Shapes, transformer
 from commkit.cost.sharded import FSDP, predict_sharded
 from commkit.cost.simulate import SimulationError, simulate
+from commkit.cost.transfers import queued, shared_link, transferred
 from commkit.inventory import _measure
 from commkit.schemes import make_scheme
 from commkit.sim import run_threads
