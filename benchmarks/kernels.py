@@ -52,7 +52,9 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
     residual, late = torch.zeros(n), torch.zeros(n)
     both = [torch.zeros(n), torch.zeros(n)]
     own, size = torch.zeros_like(bits), torch.ones(1)
-    rows, row_scales = [bits] * PEERS, scales.view(PEERS, 1)
+    # Each in memory of its own, as an exchange leaves them.
+    peers = list(bits.repeat(PEERS, 1))
+    row_scales = scales.view(PEERS, 1)
 
     # What was sent is taken on the way of the next step.
     def sign_step() -> None:
@@ -65,7 +67,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
 
     def sign_step_at_server() -> None:
         module.foreach_reencode_signs_(
-            own, size, [both[0]], [both[1]], size.clone(), rows, row_scales
+            own, size, [both[0]], [both[1]], size.clone(), peers, row_scales
         )
         both.reverse()
 
@@ -106,7 +108,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
 
     largest = x.abs().amax()
     ternary = ops.ternarize(x, largest, 1)
-    packed = ops.pack_ternary(ternary)
+    packed = list(ops.pack_ternary(ternary).repeat(PEERS, 1))
     threshold = ops.sample_threshold(x, n // 100, 1)
     found = ops.select_at_least(x, threshold)
     return {
@@ -122,7 +124,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
         "sign write": lambda: module.write_signs_(out, [bits], scale),
         "sign accumulate": lambda: module.accumulate_signs_(out, [bits], scale),
         f"unpack-accumulate of {PEERS} peers": lambda: module.accumulate_signs_(
-            out, [bits] * PEERS, scales
+            out, peers, scales
         ),
         **blocks(8),
         **blocks(4),
@@ -139,7 +141,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
         "ternarise": lambda: module.ternarize(x, largest, 1),
         "ternary pack": lambda: module.pack_ternary(ternary),
         f"ternary unpack-accumulate of {PEERS} peers": lambda: module.accumulate_blocks_(
-            out, [packed] * PEERS, [largest.view(1)] * PEERS, 2, n, PEERS
+            out, packed, [largest.view(1)] * PEERS, 2, n, PEERS
         ),
         "uniform noise": lambda: module.uniform_noise(n, 1, x.device),
         "sampled threshold": lambda: module.sample_threshold(x, n // 100, 1),

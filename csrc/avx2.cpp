@@ -23,7 +23,7 @@ COMMKIT_TARGET inline __m256 magnitude(__m256 x) {
   return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
 
-COMMKIT_TARGET inline bool is_aligned(const float *x) {
+COMMKIT_TARGET inline bool is_aligned(const void *x) {
   return reinterpret_cast<uintptr_t>(x) % 32 == 0;
 }
 
@@ -34,9 +34,10 @@ COMMKIT_TARGET inline void put(float *to, __m256 x, bool stream) {
     _mm256_storeu_ps(to, x);
 }
 
-// Where two streams are read, the next pieces are asked for ahead, by so many floats: the processor's own
-// prefetching ends with a page.
-constexpr int64_t kFetch = 512;
+template <int kFloats> COMMKIT_TARGET inline void fetch_far(const float *x) {
+  for (int i = 0; i < kFloats; i += 16)
+    __builtin_prefetch(x + kFetchFar + i);
+}
 
 COMMKIT_TARGET void pack_signs(const float *x, int64_t n, uint8_t *bits) {
   const int64_t whole = n - n % 8;
@@ -121,6 +122,8 @@ COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bi
   // Two words of each row at a time: to find the row costs as much as a word.
   const int64_t whole = n - n % 64;
   for (int64_t i = 0; i < whole; i += 64) {
+    if (kAccumulate)
+      fetch_far<64>(out + i);
     const __m256 minus_zero = _mm256_set1_ps(-0.0f); // what changes nothing, not even a zero's sign
     __m256 sums[8];
     for (__m256 &sum : sums)
@@ -128,6 +131,7 @@ COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bi
     for (int r = 0; r < rows; ++r) {
       const __m256 plus = _mm256_set1_ps(scales[r]);
       const __m256 minus = _mm256_xor_ps(plus, minus_zero);
+      __builtin_prefetch(bits[r] + i / 8 + kFetchBytes);
       for (int half = 0; half < 2; ++half) {
         int32_t four;
         __builtin_memcpy(&four, bits[r] + i / 8 + 4 * half, sizeof four);
@@ -175,29 +179,113 @@ COMMKIT_TARGET uint32_t peak(const float *x, int64_t n) {
 }
 
 // Four registers of eight codes as bytes, within -top and top.
-COMMKIT_TARGET inline void store_codes(const __m256i *c, __m256i top, int8_t *codes) {
+COMMKIT_TARGET inline void put_codes(const __m256i *c, __m256i top, bool stream, int8_t *codes) {
   // Packing works within halves of a register; this puts the four-byte groups back in order.
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i bottom = _mm256_sub_epi8(_mm256_setzero_si256(), top);
   __m256i packed =
       _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
   packed = _mm256_max_epi8(_mm256_min_epi8(packed, top), bottom);
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes),
-                      _mm256_permutevar8x32_epi32(packed, order));
+  packed = _mm256_permutevar8x32_epi32(packed, order);
+  if (stream)
+    _mm256_stream_si256(reinterpret_cast<__m256i *>(codes), packed);
+  else
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes), packed);
 }
 
-COMMKIT_TARGET void round_nearest(const float *x, int64_t n, float inverse, float top,
+COMMKIT_TARGET void round_nearest(const float *x, int64_t n, float inverse, float top, bool stream,
                                   int8_t *codes) {
+  stream = stream && is_aligned(codes);
   const __m256 factor = _mm256_set1_ps(inverse);
   const __m256i limit = _mm256_set1_epi8(static_cast<int8_t>(top));
   const int64_t whole = n - n % 32;
   for (int64_t i = 0; i < whole; i += 32) {
+    fetch_far<32>(x + i);
     __m256i c[4];
     for (int j = 0; j < 4; ++j) // half to even, as loops::nearest
       c[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor));
-    store_codes(c, limit, codes + i);
+    put_codes(c, limit, stream, codes + i);
   }
   loops::round_nearest(x + whole, n - whole, inverse, top, codes + whole);
+}
+
+COMMKIT_TARGET void unpack_ternary(const uint8_t *packed, int64_t n, int8_t *codes) {
+  const __m128i two_bits = _mm_set1_epi8(3), one = _mm_set1_epi8(1);
+  const int64_t whole = n - n % 64;
+  for (int64_t i = 0; i < whole; i += 64) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i *>(packed + i / 4));
+    __m128i c[4];
+    for (int k = 0; k < 4; ++k) // the k-th code of every byte
+      c[k] = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(x, 2 * k), two_bits), one);
+    const __m128i halves[2][2] = {{_mm_unpacklo_epi8(c[0], c[1]), _mm_unpacklo_epi8(c[2], c[3])},
+                                  {_mm_unpackhi_epi8(c[0], c[1]), _mm_unpackhi_epi8(c[2], c[3])}};
+    for (int h = 0; h < 2; ++h) {
+      auto *to = reinterpret_cast<__m128i *>(codes + i + 32 * h);
+      _mm_storeu_si128(to, _mm_unpacklo_epi16(halves[h][0], halves[h][1]));
+      _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(halves[h][0], halves[h][1]));
+    }
+  }
+  loops::unpack_ternary(packed + whole / 4, n - whole, codes + whole);
+}
+
+// What eight codes stand for, as loops::Whole and loops::Exponent have it.
+struct Whole {
+  COMMKIT_TARGET static inline __m256 values(__m256i codes) { return _mm256_cvtepi32_ps(codes); }
+};
+struct Exponent {
+  COMMKIT_TARGET static inline __m256 values(__m256i codes) {
+    const __m256i field = _mm256_add_epi32(codes, _mm256_set1_epi32(8));
+    const __m256i size = _mm256_and_si256(field, _mm256_set1_epi32(7));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(size, _mm256_set1_epi32(120)), 23);
+    const __m256i is_zero = _mm256_cmpeq_epi32(size, _mm256_setzero_si256());
+    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(field, 3), 31);
+    return _mm256_castsi256_ps(_mm256_or_si256(sign, _mm256_andnot_si256(is_zero, power)));
+  }
+};
+
+template <class Level, bool kExact, bool kAdd>
+COMMKIT_TARGET inline void scale_by(const int8_t *codes, int64_t whole, float scale, float divisor,
+                                    const float *before, bool stream, float *out) {
+  const __m256 size = _mm256_set1_ps(scale), by = _mm256_set1_ps(kExact ? 1 / divisor : divisor);
+  for (int64_t i = 0; i < whole; i += 32) {
+    __m256 x[4];
+    for (int j = 0; j < 4; ++j) {
+      const auto *eight = reinterpret_cast<const __m128i *>(codes + i + 8 * j);
+      x[j] = _mm256_mul_ps(Level::values(_mm256_cvtepi8_epi32(_mm_loadl_epi64(eight))), size);
+      x[j] = kExact ? _mm256_mul_ps(x[j], by) : _mm256_div_ps(x[j], by);
+      if (kAdd)
+        x[j] = _mm256_add_ps(_mm256_loadu_ps(before + i + 8 * j), x[j]);
+    }
+    for (int j = 0; j < 4; ++j)
+      put(out + i + 8 * j, x[j], stream);
+  }
+}
+
+template <class Level, class Rest>
+COMMKIT_TARGET inline void scale_as(const int8_t *codes, int64_t n, float scale, float divisor,
+                                    const float *before, bool stream, float *out) {
+  const int64_t whole = n - n % 32;
+  stream = stream && is_aligned(out);
+  if (loops::is_power_of_two(divisor) && before)
+    scale_by<Level, true, true>(codes, whole, scale, divisor, before, stream, out);
+  else if (loops::is_power_of_two(divisor))
+    scale_by<Level, true, false>(codes, whole, scale, divisor, before, stream, out);
+  else if (before)
+    scale_by<Level, false, true>(codes, whole, scale, divisor, before, stream, out);
+  else
+    scale_by<Level, false, false>(codes, whole, scale, divisor, before, stream, out);
+  loops::scale<Rest>(codes + whole, n - whole, scale, divisor, before ? before + whole : nullptr,
+                     out + whole);
+}
+
+COMMKIT_TARGET void scale_codes(const int8_t *codes, int64_t n, float scale, float divisor,
+                                const float *before, bool stream, float *out) {
+  scale_as<Whole, loops::Whole>(codes, n, scale, divisor, before, stream, out);
+}
+
+COMMKIT_TARGET void scale_levels(const int8_t *codes, int64_t n, float scale, float divisor,
+                                 const float *before, bool stream, float *out) {
+  scale_as<Exponent, loops::Exponent>(codes, n, scale, divisor, before, stream, out);
 }
 
 COMMKIT_TARGET inline __m256i xor_shifted(__m256i h, int by) {
@@ -220,13 +308,16 @@ COMMKIT_TARGET inline __m256i first_eight(uint32_t at) {
 }
 
 COMMKIT_TARGET void round_randomly(const float *x, int64_t n, float inverse, float top,
-                                   const uint32_t *keys, uint32_t first, int8_t *codes) {
+                                   const uint32_t *keys, uint32_t first, bool stream,
+                                   int8_t *codes) {
+  stream = stream && is_aligned(codes);
   const __m256 factor = _mm256_set1_ps(inverse), unit = _mm256_set1_ps(0x1p-24f);
   const __m256i limit = _mm256_set1_epi8(static_cast<int8_t>(top));
   const __m256i second = _mm256_set1_epi32(static_cast<int32_t>(keys[1]));
   __m256i index = first_eight(first + keys[0]);
   const int64_t whole = n - n % 32;
   for (int64_t i = 0; i < whole; i += 32) {
+    fetch_far<32>(x + i);
     __m256i c[4];
     for (int j = 0; j < 4; ++j) {
       // The noise is an exact product, so that fusing it into the sum rounds nothing away.
@@ -235,7 +326,7 @@ COMMKIT_TARGET void round_randomly(const float *x, int64_t n, float inverse, flo
       index = _mm256_add_epi32(index, _mm256_set1_epi32(8));
       c[j] = _mm256_cvtps_epi32(_mm256_floor_ps(y));
     }
-    store_codes(c, limit, codes + i);
+    put_codes(c, limit, stream, codes + i);
   }
   loops::round_randomly(x + whole, n - whole, inverse, top, keys,
                         first + static_cast<uint32_t>(whole), codes + whole);
@@ -455,8 +546,8 @@ COMMKIT_TARGET void widen_float16(const uint16_t *x, int64_t n, float *out) {
 const Table kTable = {
     "avx2",          pack_signs,        encode_signs,       compensate_and_encode, sum_signs,
     peak,            round_nearest,     round_randomly,     round_e3m0,
-    pack_nibbles,    unpack_nibbles,    scale_codes,        add_scaled_codes,
-    scale_levels,    add_scaled_levels, add,                noise,
+    pack_nibbles,    unpack_nibbles,    scale_codes,        scale_levels,
+    add,             noise,
     ternarize,       pack_ternary,      unpack_ternary,     extremes,
     round_to_levels, round_to_powers,   look_up,            select,
     lane_peaks,      correct_momentum,  correct_and_select, drain,

@@ -20,12 +20,23 @@ void sum_signs(float *out, int64_t n, const uint8_t *const *bits, const float *s
   loops::sum_signs(out, 0, n, bits, scales, rows, accumulate);
 }
 uint32_t peak(const float *x, int64_t n) { return loops::peak(x, n); }
-void round_nearest(const float *x, int64_t n, float inverse, float top, int8_t *codes) {
+void round_nearest(const float *x, int64_t n, float inverse, float top, bool, int8_t *codes) {
   loops::round_nearest(x, n, inverse, top, codes);
 }
 void round_randomly(const float *x, int64_t n, float inverse, float top, const uint32_t *keys,
-                    uint32_t first, int8_t *codes) {
+                    uint32_t first, bool, int8_t *codes) {
   loops::round_randomly(x, n, inverse, top, keys, first, codes);
+}
+void scale_codes(const int8_t *codes, int64_t n, float scale, float divisor, const float *before,
+                 bool, float *out) {
+  loops::scale<loops::Whole>(codes, n, scale, divisor, before, out);
+}
+void scale_levels(const int8_t *codes, int64_t n, float scale, float divisor, const float *before,
+                  bool, float *out) {
+  loops::scale<loops::Exponent>(codes, n, scale, divisor, before, out);
+}
+void unpack_ternary(const uint8_t *packed, int64_t n, int8_t *codes) {
+  loops::unpack_ternary(packed, n, codes);
 }
 void round_to_levels(const float *x, int64_t n, float divisor, const Codebook &book,
                      const uint32_t *keys, uint32_t first, uint8_t *codes) {
@@ -51,8 +62,8 @@ void widen_float16(const uint16_t *x, int64_t n, float *out) { loops::widen_floa
 const Table kTable = {
     "baseline",      pack_signs,        encode_signs,       compensate_and_encode, sum_signs,
     peak,            round_nearest,     round_randomly,     round_e3m0,
-    pack_nibbles,    unpack_nibbles,    scale_codes,        add_scaled_codes,
-    scale_levels,    add_scaled_levels, add,                noise,
+    pack_nibbles,    unpack_nibbles,    scale_codes,        scale_levels,
+    add,             noise,
     ternarize,       pack_ternary,      unpack_ternary,     extremes,
     round_to_levels, round_to_powers,   look_up,            select,
     lane_peaks,      correct_momentum,  correct_and_select, drain,

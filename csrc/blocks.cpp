@@ -39,14 +39,14 @@ public:
     factor_ = too_small ? 0.0f : 1.0f / scale;
   }
 
-  void operator()(const float *x, int64_t n, int64_t at, int8_t *codes) const {
+  void operator()(const float *x, int64_t n, int64_t at, bool stream, int8_t *codes) const {
     const auto first = static_cast<uint32_t>(at);
     if (code_ == kE3M0)
       table_.round_e3m0(x, n, factor_, keys_, first, codes);
     else if (keys_)
-      table_.round_randomly(x, n, factor_, top_, keys_, first, codes);
+      table_.round_randomly(x, n, factor_, top_, keys_, first, stream, codes);
     else
-      table_.round_nearest(x, n, factor_, top_, codes);
+      table_.round_nearest(x, n, factor_, top_, stream, codes);
   }
 
   float scale;
@@ -63,7 +63,7 @@ public:
   Quantizer(const Input &input, const Table &table, int64_t n, int code, int64_t block_size,
             const uint32_t *keys, uint8_t *codes, float *scales)
       : input_(input), table_(table), n_(n), code_(code), block_size_(block_size), keys_(keys),
-        codes_(codes), scales_(scales) {}
+        codes_(codes), scales_(scales), stream_(bytes_before(n, code) >= kBytesBeyondCaches) {}
 
   // First all maxima and then all codes of blocks that fill one chunk, so that one does not wait
   // for another's division. Of more the memory would idle while codes are made.
@@ -99,9 +99,10 @@ private:
   void encode(const Rounding &round, const float *x, int64_t at, int64_t n) const {
     alignas(32) int8_t buffer[kChunk];
     uint8_t *to = codes_ + bytes_before(at, code_);
-    round(x, n, at, code_ == kInt8 ? reinterpret_cast<int8_t *>(to) : buffer);
-    if (code_ != kInt8)
-      table_.pack_nibbles(buffer, n, to);
+    if (code_ == kInt8)
+      return round(x, n, at, stream_, reinterpret_cast<int8_t *>(to));
+    round(x, n, at, false, buffer);
+    table_.pack_nibbles(buffer, n, to);
   }
 
   const Input &input_;
@@ -112,6 +113,7 @@ private:
   const uint32_t *keys_;
   uint8_t *codes_;
   float *scales_;
+  const bool stream_;
 };
 
 } // namespace
@@ -130,6 +132,7 @@ void ck_quantize_blocks(const void *x, int dtype, int64_t n, int code, int64_t b
     else
       for (int64_t block = begin; block < end; block += step)
         quantizer.few(block, std::min(end, block + step));
+    t.drain();
   });
 }
 
@@ -139,22 +142,25 @@ void ck_sum_blocks(float *out, int64_t n, const uint8_t *const *codes, const flo
   const Table &t = table();
   const auto unpack = code == kTernary ? t.unpack_ternary : t.unpack_nibbles;
   const auto scale = code == kE3M0 ? t.scale_levels : t.scale_codes;
-  const auto add_scaled = code == kE3M0 ? t.add_scaled_levels : t.add_scaled_codes;
+  const bool stream = !accumulate && n >= kBeyondCaches;
   const auto share = static_cast<float>(divisor);
+  // Rows are added to one another before they are to out; one alone is added there at once.
+  const bool apart = accumulate && rows > 1;
   // One block may be all there is; threads share it.
   const int64_t step = std::min(block_size, kChunk * ((kElementsPerThread + kChunk - 1) / kChunk));
   const auto piece = [&](int64_t block, int64_t at, int64_t count) {
     alignas(32) float sum[kChunk];
     alignas(32) int8_t buffer[kChunk];
-    float *to = accumulate ? sum : out + at;
+    const float *start = accumulate && !apart ? out + at : nullptr;
     for (int r = 0; r < rows; ++r) {
       const uint8_t *own = codes[r] + bytes_before(at, code);
       if (code != kInt8)
         unpack(own, count, buffer);
-      (r == 0 ? scale : add_scaled)(code == kInt8 ? reinterpret_cast<const int8_t *>(own) : buffer,
-                                    count, scales[r][block], share, to);
+      const bool last = r == rows - 1 && !apart;
+      scale(code == kInt8 ? reinterpret_cast<const int8_t *>(own) : buffer, count, scales[r][block],
+            share, r ? sum : start, stream && last, last ? out + at : sum);
     }
-    if (accumulate)
+    if (apart)
       t.add(sum, count, out + at);
   };
   const int64_t per_block = (block_size + step - 1) / step;
@@ -167,5 +173,7 @@ void ck_sum_blocks(float *out, int64_t n, const uint8_t *const *codes, const flo
       for (int64_t at = first; at < last; at += kChunk)
         piece(block, at, std::min(kChunk, last - at));
     }
+    if (stream)
+      t.drain();
   });
 }

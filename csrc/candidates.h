@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "order.h"
@@ -112,24 +113,30 @@ void choose_largest(const Parts &parts, const IsFirst &is_first, int64_t k, int 
   constexpr size_t kAhead = 32;
   const uint32_t least = kth(parts, is_first, k);
   std::vector<int64_t> begin(parts.size()), equal(parts.size());
-  int64_t above = 0;
-  for (size_t p = 0; p < parts.size(); ++p) {
-    for (const float value : parts[p].values) {
-      begin[p] += order_of(value) > least;
-      equal[p] += order_of(value) == least;
+  const auto count = static_cast<int64_t>(parts.size());
+  // Visiting a candidate costs as much as so many elements that are passed by.
+  constexpr int64_t kRead = 4, kTaken = 16;
+  parallel_for(count, k * kRead / count, threads, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; ++p) {
+      int64_t above = 0, same = 0;
+      for (const float value : parts[p].values) {
+        above += order_of(value) > least;
+        same += order_of(value) == least;
+      }
+      begin[p] = above;
+      equal[p] = same;
     }
-    above += begin[p];
-  }
+  });
+  const int64_t above = std::accumulate(begin.begin(), begin.end(), int64_t{0});
   int64_t at = 0, wanted = k - above; // of those that equal the least
   for (size_t p = 0; p < parts.size(); ++p) {
     equal[p] = std::min(equal[p], wanted);
     wanted -= equal[p];
-    const int64_t count = begin[p] + equal[p];
+    const int64_t chosen = begin[p] + equal[p];
     begin[p] = at;
-    at += count;
+    at += chosen;
   }
-  const auto count = static_cast<int64_t>(parts.size());
-  parallel_for(count, k * 4 / count, threads, [&](int64_t from, int64_t to) {
+  parallel_for(count, k * kTaken / count, threads, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; ++p) {
       int64_t next = begin[p], ties = equal[p];
       for (size_t i = 0; i < parts[p].size(); ++i) {

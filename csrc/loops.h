@@ -279,34 +279,30 @@ struct Exponent {
 // Of whole numbers. Multiplying by the reciprocal of one gives the bits of a division, sooner.
 COMMKIT_INLINE bool is_power_of_two(float x) { return (bits_of(x) & 0x7FFFFFu) == 0; }
 
-template <class Level>
-COMMKIT_INLINE void scale(const int8_t *__restrict codes, int64_t n, float scale, float divisor,
-                          float *__restrict out) {
+template <class Level, class Add>
+COMMKIT_INLINE void scale_and(const int8_t *__restrict codes, int64_t n, float scale, float divisor,
+                              const Add &add, float *out) {
   const float inverse = 1.0f / divisor;
-  if (divisor == 1)
+  if (is_power_of_two(divisor))
     for (int64_t i = 0; i < n; ++i)
-      out[i] = Level::value(codes[i]) * scale;
-  else if (is_power_of_two(divisor))
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = Level::value(codes[i]) * scale * inverse;
+      out[i] = add(i, Level::value(codes[i]) * scale * inverse);
   else
     for (int64_t i = 0; i < n; ++i)
-      out[i] = Level::value(codes[i]) * scale / divisor;
+      out[i] = add(i, Level::value(codes[i]) * scale / divisor);
 }
 
+// Added to what is before: nothing if null, out itself, or apart from it.
 template <class Level>
-COMMKIT_INLINE void add_scaled(const int8_t *__restrict codes, int64_t n, float scale,
-                               float divisor, float *__restrict out) {
-  const float inverse = 1.0f / divisor;
-  if (divisor == 1)
-    for (int64_t i = 0; i < n; ++i)
-      out[i] += Level::value(codes[i]) * scale;
-  else if (is_power_of_two(divisor))
-    for (int64_t i = 0; i < n; ++i)
-      out[i] += Level::value(codes[i]) * scale * inverse;
+COMMKIT_INLINE void scale(const int8_t *codes, int64_t n, float scale, float divisor,
+                          const float *before, float *out) {
+  if (!before)
+    scale_and<Level>(codes, n, scale, divisor, [](int64_t, float x) { return x; }, out);
+  else if (before == out)
+    scale_and<Level>(
+        codes, n, scale, divisor, [out](int64_t i, float x) { return out[i] + x; }, out);
   else
-    for (int64_t i = 0; i < n; ++i)
-      out[i] += Level::value(codes[i]) * scale / divisor;
+    scale_and<Level>(
+        codes, n, scale, divisor, [before](int64_t i, float x) { return before[i] + x; }, out);
 }
 
 COMMKIT_INLINE void add(const float *x, int64_t n, float *out) {

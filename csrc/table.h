@@ -10,7 +10,13 @@ constexpr int64_t kChunk = 1024;
 // From so many floats on, stores go past the caches: where the next pass reads them, and where it
 // hardly does.
 constexpr int64_t kBeyondCaches = int64_t{1} << 21;
+constexpr int64_t kBytesBeyondCaches = kBeyondCaches * 4;
 constexpr int64_t kWorthStreaming = int64_t{1} << 18;
+// Where the processor's own prefetching, which ends with a page, is not enough, what comes is asked for
+// ahead. Of two streams by so many floats, a page: nearer than that is in its way.
+constexpr int64_t kFetch = 1024;
+// Of one beside long calculations, or beside many that are read slowly, and of each of those.
+constexpr int64_t kFetchFar = 2048, kFetchBytes = 256;
 // Of a row of a tile, kept in registers.
 constexpr int64_t kColumns = 32;
 
@@ -58,20 +64,23 @@ struct Table {
 
   // Largest |x| as the bits of a float, which order like integers: NaN is above all.
   uint32_t (*peak)(const float *x, int64_t n);
-  // Of finite x with |x * inverse| <= top but for rounding. The baseline's take any x.
-  void (*round_nearest)(const float *x, int64_t n, float inverse, float top, int8_t *codes);
+  // Of finite x with |x * inverse| <= top but for rounding. The baseline's take any x. stream: see
+  // correct_momentum.
+  void (*round_nearest)(const float *x, int64_t n, float inverse, float top, bool stream,
+                        int8_t *codes);
   void (*round_randomly)(const float *x, int64_t n, float inverse, float top, const uint32_t *keys,
-                         uint32_t first, int8_t *codes);
+                         uint32_t first, bool stream, int8_t *codes);
   void (*round_e3m0)(const float *x, int64_t n, float divisor, const uint32_t *keys, uint32_t first,
                      int8_t *codes);
   void (*pack_nibbles)(const int8_t *codes, int64_t n, uint8_t *packed);
   void (*unpack_nibbles)(const uint8_t *packed, int64_t n, int8_t *codes);
-  // out = code * scale / divisor, or out += that.
-  void (*scale_codes)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
-  void (*add_scaled_codes)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
+  // out = before + code * scale / divisor; before is null, or out, or apart from it. stream: see
+  // correct_momentum.
+  void (*scale_codes)(const int8_t *codes, int64_t n, float scale, float divisor,
+                      const float *before, bool stream, float *out);
   // The same for codes of round_e3m0.
-  void (*scale_levels)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
-  void (*add_scaled_levels)(const int8_t *codes, int64_t n, float scale, float divisor, float *out);
+  void (*scale_levels)(const int8_t *codes, int64_t n, float scale, float divisor,
+                       const float *before, bool stream, float *out);
   void (*add)(const float *x, int64_t n, float *out);
 
   void (*noise)(const uint32_t *keys, uint32_t first, int64_t n, float *out);
