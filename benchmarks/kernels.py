@@ -123,9 +123,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
         f"unpack {PEERS} peers, pack + error feedback": sign_step_at_server,
         "sign write": lambda: module.write_signs_(out, [bits], scale),
         "sign accumulate": lambda: module.accumulate_signs_(out, [bits], scale),
-        f"unpack-accumulate of {PEERS} peers": lambda: module.accumulate_signs_(
-            out, peers, scales
-        ),
+        f"unpack-accumulate of {PEERS} peers": lambda: module.accumulate_signs_(out, peers, scales),
         **blocks(8),
         **blocks(4),
         "E3M0 quantise": lambda: module.quantize_e3m0(x, BLOCK, False, 0),

@@ -56,7 +56,7 @@ def codes(n: int, top: int) -> torch.Tensor:
 
 def rows(n: int, count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     bits = [reference.pack_signs(finite(n) - r) for r in range(count)]
-    return bits, torch.tensor([0.3, -1.7, 0.0, 1e-30, 7.1][:count])
+    return bits, torch.tensor([0.3, -1.7, 0.0, 1e-30, 7.1, -0.6, torch.inf, 2e-39][:count])
 
 
 def compensated(
@@ -242,7 +242,7 @@ EXACT: dict[str, Callable[[int], Callable[[Any], Result]]] = {
     **{
         f"{name} {count}": lambda n, a=name, c=count: in_place(a, n, *rows(n, c))
         for name in ("write_signs_", "accumulate_signs_")
-        for count in (1, 2, 5)
+        for count in (1, 2, 4, 5, 8)
     },
     **{
         f"encode_signs_compensated_ {decay} {sent} {dtype}": (
@@ -298,7 +298,7 @@ EXACT: dict[str, Callable[[int], Callable[[Any], Result]]] = {
         )
         for name in ("write_blocks_", "accumulate_blocks_")
         for bits in (4, 8)
-        for count in (1, 3)
+        for count in (1, 3, 4)
     },
     **{
         f"ternarize {dtype}": lambda n, d=dtype: (
@@ -435,6 +435,60 @@ def test_packing_ten_million(name: str, level: str) -> None:
     for threads in (1, 2):
         with running(level, threads):
             assert_same(call(ops), wanted)
+
+
+def written(write: Callable[[Any, torch.Tensor], None], n: int) -> Callable[[Any, int], Result]:
+    """What an operator leaves in a tensor whose memory begins at such an element."""
+
+    def call(module: Any, at: int) -> torch.Tensor:
+        out = torch.full((n + at,), torch.nan)[at:]
+        write(module, out)
+        return out
+
+    return call
+
+
+# Of so many elements that results go past the caches.
+BEYOND = (1 << 21) + 1029
+PAST_THE_CACHES: dict[str, Callable[[Any, int], Result]] = {
+    **{
+        f"write_signs_ {count}": written(
+            lambda m, out, c=count: m.write_signs_(out, *rows(BEYOND, c)), BEYOND
+        )
+        for count in (1, 8)
+    },
+    **{
+        f"write_blocks_ {bits} {count}": written(
+            lambda m, out, b=bits, c=count: m.write_blocks_(
+                out, *blocks(BEYOND, b, c), b, BLOCK, c
+            ),
+            BEYOND,
+        )
+        for bits in (4, 8)
+        for count in (1, 3)
+    },
+    "write_e3m0_": written(lambda m, out: m.write_e3m0_(out, *e3m0(BEYOND, 2), BLOCK, 2), BEYOND),
+    "write_blocks_ of ternary": written(
+        lambda m, out: m.write_blocks_(out, *ternary(BEYOND, BEYOND), 2, BEYOND, 3), BEYOND
+    ),
+    **{
+        f"quantize_blocks {block} {stochastic}": lambda m, at, b=block, s=stochastic: (
+            m.quantize_blocks(finite(4 * BEYOND), 8, b, s, 5)
+        )
+        for block in (16, BLOCK, 4096)
+        for stochastic in (False, True)
+    },
+}
+
+
+@every_level
+@pytest.mark.parametrize("name", PAST_THE_CACHES)
+def test_the_same_bits_past_the_caches(name: str, level: str) -> None:
+    call = PAST_THE_CACHES[name]
+    wanted = call(reference, 0)
+    for threads, at in ((1, 0), (2, 0), (2, 1)):
+        with running(level, threads):
+            assert_same(call(ops, at), wanted)
 
 
 @every_dtype
