@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -90,7 +91,7 @@ class Doctor:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status, 2 for bad input."""
+    """Run a command; returns the exit status, 2 for bad input, 1 if nobody reads to its end."""
     given = list(sys.argv[1:] if words is None else words)
     command, rest = (given[0], given[1:]) if given else ("", [])
     if command in ("-h", "--help"):
@@ -108,7 +109,12 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        return runs[command](rest)
+        status = runs[command](rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as of `commkit doctor | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left at exit
+        return 1
     except (MissingError, ConfigError, SimulationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

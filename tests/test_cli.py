@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -86,3 +88,18 @@ def test_compare_forwards_its_arguments(capsys, tmp_path):
     words = ["configs/nothing.yaml", "--out", str(tmp_path), "--link", "none"]
     assert cli.main(["compare", *words]) == 2
     assert "config: 'configs/nothing.yaml' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of Windows raise other errors")
+@pytest.mark.parametrize("command", ["doctor", "schemes"])
+def test_a_reader_that_goes_away_is_no_traceback(command):
+    program = [sys.executable, "-m", "commkit.cli", command]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            program, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
