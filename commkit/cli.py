@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .advise import Options, Question
 from .advise import advise as take_advice
@@ -112,12 +112,23 @@ def main(words: Sequence[str] | None = None) -> int:
         status = runs[command](rest)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # as of `commkit doctor | head -1`
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left at exit
         return 1
     except (MissingError, ConfigError, SimulationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether nobody is there to read, as of ``commkit doctor | head -1``."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 class MissingError(Exception):

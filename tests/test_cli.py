@@ -103,3 +103,12 @@ def test_a_reader_that_goes_away_is_no_traceback(command):
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_broken_pipe_of_another_kind_is_raised(monkeypatch):
+    def fail(words):
+        raise BrokenPipeError("a peer is gone")
+
+    monkeypatch.setattr(cli, "doctor", fail)
+    with pytest.raises(BrokenPipeError, match="a peer is gone"):
+        cli.main(["doctor"])
