@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -113,7 +114,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        if not _is_unread(sys.stdout):
+        if not _is_unread(sys.__stdout__ or sys.stdout):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left at exit
         return 1
@@ -123,12 +124,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _is_unread(stream: TextIO) -> bool:
-    """Whether nobody is there to read, as of ``commkit doctor | head -1``."""
-    try:
-        stream.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    """Whether it is a pipe that nobody reads, as of ``commkit doctor | head -1``."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class MissingError(Exception):
