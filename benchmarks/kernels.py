@@ -125,6 +125,7 @@ def arms(module: Any, x: torch.Tensor, out: torch.Tensor) -> dict[str, Arm]:
         "sign accumulate": lambda: module.accumulate_signs_(out, [bits], scale),
         f"unpack-accumulate of {PEERS} peers": lambda: module.accumulate_signs_(out, peers, scales),
         **blocks(8),
+        "QSGD quantise": lambda: module.quantize_buckets(x, 127, 2 * BLOCK, True, 1),
         **blocks(4),
         "E3M0 quantise": lambda: module.quantize_e3m0(x, BLOCK, False, 0),
         "E3M0 quantise, stochastic": lambda: module.quantize_e3m0(x, BLOCK, True, 1),

@@ -545,7 +545,8 @@ COMMKIT_TARGET void widen_float16(const uint16_t *x, int64_t n, float *out) {
 
 const Table kTable = {
     "avx2",          pack_signs,        encode_signs,       compensate_and_encode, sum_signs,
-    peak,            round_nearest,     round_randomly,     round_e3m0,
+    peak,            sum_of_squares,    round_nearest,      round_randomly,
+    round_e3m0,
     pack_nibbles,    unpack_nibbles,    scale_codes,        scale_levels,
     add,             noise,
     ternarize,       pack_ternary,      unpack_ternary,     extremes,

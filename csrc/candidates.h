@@ -20,6 +20,10 @@ struct Candidates {
   std::vector<float> values;
 
   size_t size() const { return places.size(); }
+  void reserve(int64_t count) {
+    places.reserve(count);
+    values.reserve(count);
+  }
   void append(const int64_t *place, const float *value, int64_t count) {
     places.insert(places.end(), place, place + count);
     values.insert(values.end(), value, value + count);
@@ -61,18 +65,16 @@ Order sampled_orders(const Sample &sample, int64_t n, int threads, const Fetch &
 }
 
 // find(begin, end, part) for parts of n elements, each of whole chunks and worth a thread.
-template <class Find> Parts collect(int64_t n, int threads, int64_t expected, const Find &find) {
+template <class Part, class Find>
+std::vector<Part> collect(int64_t n, int threads, const Find &find) {
   const int64_t chunks = (n + kChunk - 1) / kChunk;
   const int64_t count = std::max<int64_t>(1, n / kElementsPerThread);
-  Parts parts(count);
+  std::vector<Part> parts(count);
   std::atomic<bool> failed{false};
   parallel_for(count, n / count, threads, [&](int64_t begin, int64_t end) {
     try {
-      for (int64_t p = begin; p < end; ++p) {
-        parts[p].places.reserve(expected / count);
-        parts[p].values.reserve(expected / count);
+      for (int64_t p = begin; p < end; ++p)
         find(chunks * p / count * kChunk, std::min(n, chunks * (p + 1) / count * kChunk), parts[p]);
-      }
     } catch (const std::bad_alloc &) {
       failed = true;
     }
@@ -80,6 +82,15 @@ template <class Find> Parts collect(int64_t n, int threads, int64_t expected, co
   if (failed)
     throw std::bad_alloc();
   return parts;
+}
+
+// The same, where so many candidates are expected in all.
+template <class Find>
+Parts collect_candidates(int64_t n, int threads, int64_t expected, const Find &find) {
+  return collect<Candidates>(n, threads, [&](int64_t begin, int64_t end, Candidates &part) {
+    part.reserve(expected * (end - begin) / std::max<int64_t>(n, 1));
+    find(begin, end, part);
+  });
 }
 
 // The order of the k-th largest; those of which is_first(value) are the largest of all.

@@ -82,7 +82,7 @@ private:
   // The pass: writes u and v, less what is sent for certain.
   Parts correct(const Cut &cut, int64_t k) const {
     const bool stream = n_ >= kWorthStreaming;
-    return collect(n_, threads_, k + k / 4, [&](int64_t begin, int64_t end, Candidates &part) {
+    return collect_candidates(n_, threads_, k + k / 4, [&](int64_t begin, int64_t end, Candidates &part) {
       int64_t places[kChunk];
       float values[kChunk];
       g_.each(begin, end, [&](const float *g, int64_t at, int64_t count) {
@@ -97,7 +97,7 @@ private:
 
   // Those of v, of which nothing is masked, whose magnitude is not below the limit.
   Parts at_least(float limit, int64_t k) const {
-    return collect(n_, threads_, k, [&](int64_t begin, int64_t end, Candidates &part) {
+    return collect_candidates(n_, threads_, k, [&](int64_t begin, int64_t end, Candidates &part) {
       int64_t places[kChunk];
       float values[kChunk];
       for (int64_t at = begin; at < end; at += kChunk) {

@@ -13,7 +13,7 @@
 
 // Bumped with every change of a signature below: a library left over from another build is not
 // used.
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 // Dtypes of inputs.
 enum CommkitDtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -61,6 +61,12 @@ COMMKIT_API void ck_foreach_reencode_signs(uint8_t *bits, float *scales, const f
                                            const float *const *residuals, float *const *sums,
                                            const int64_t *sizes, int64_t count, const float *sent,
                                            int threads);
+
+// One byte per element, -levels to levels, rounded at random; a scale is the 2-norm of a bucket, or its
+// largest magnitude, over levels, of which there are up to 127.
+COMMKIT_API void ck_quantize_buckets(const void *x, int dtype, int64_t n, int levels,
+                                     int64_t bucket_size, int l2, const uint32_t *keys,
+                                     int8_t *codes, float *scales, int threads);
 
 // codes: n bytes of kInt8, else (n + 1) / 2, where block_size must be even. keys: the two of the
 // noise, or null to round to nearest.

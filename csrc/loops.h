@@ -99,6 +99,20 @@ COMMKIT_INLINE uint32_t peak(const float *x, int64_t n) {
   return static_cast<uint32_t>(top);
 }
 
+COMMKIT_INLINE double sum_of_squares(const float *x, int64_t n) {
+  double lanes[kLanes] = {};
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int k = 0; k < kLanes; ++k)
+      lanes[k] += static_cast<double>(x[i + k]) * static_cast<double>(x[i + k]);
+  for (int64_t i = whole; i < n; ++i)
+    lanes[i - whole] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  double total = 0;
+  for (int k = 0; k < kLanes; ++k)
+    total += lanes[k];
+  return total;
+}
+
 // The hash of reference.uniform_noise, as the integer below 2^24.
 COMMKIT_INLINE uint32_t hash24(uint32_t index, uint32_t first_key, uint32_t second_key) {
   uint32_t h = index + first_key;

@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "candidates.h"
 #include "dispatch.h"
 #include "input.h"
 #include "kernels.h"
@@ -98,32 +99,16 @@ int64_t ck_select_at_least(const void *x, int dtype, int64_t n, float threshold,
                            int threads) {
   const Table &t = table();
   const Input input(x, dtype, t);
-  const int64_t chunks = (n + kChunk - 1) / kChunk;
-  // The pieces are cut here, so that each can have its own list.
-  const int64_t pieces = std::max<int64_t>(1, n / kElementsPerThread);
   try {
-    std::vector<Indices> lists(pieces);
-    std::vector<char> failed(pieces, 0);
-    parallel_for(pieces, n / pieces, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) {
-        const int64_t last = std::min(n, chunks * (piece + 1) / pieces * kChunk);
-        int64_t own[kChunk];
-        try {
-          input.each(chunks * piece / pieces * kChunk, last,
-                     [&](const float *part, int64_t at, int64_t size) {
-                       const int64_t count = t.select(part, size, threshold, at, own);
-                       lists[piece].insert(lists[piece].end(), own, own + count);
-                     });
-        } catch (const std::bad_alloc &) {
-          failed[piece] = 1;
-        }
-      }
+    auto lists = collect<Indices>(n, threads, [&](int64_t begin, int64_t end, Indices &list) {
+      int64_t own[kChunk];
+      input.each(begin, end, [&](const float *piece, int64_t at, int64_t size) {
+        list.insert(list.end(), own, own + t.select(piece, size, threshold, at, own));
+      });
     });
-    if (std::count(failed.begin(), failed.end(), 1))
-      return -1;
     auto all = std::make_unique<Indices>(std::move(lists[0]));
-    for (int64_t piece = 1; piece < pieces; ++piece)
-      all->insert(all->end(), lists[piece].begin(), lists[piece].end());
+    for (size_t part = 1; part < lists.size(); ++part)
+      all->insert(all->end(), lists[part].begin(), lists[part].end());
     const auto count = static_cast<int64_t>(all->size());
     *found = all.release();
     return count;

@@ -64,6 +64,8 @@ struct Table {
 
   // Largest |x| as the bits of a float, which order like integers: NaN is above all.
   uint32_t (*peak)(const float *x, int64_t n);
+  // In 16 interleaved partial sums of float64, in which no square of a float is too large or too small.
+  double (*sum_of_squares)(const float *x, int64_t n);
   // Of finite x with |x * inverse| <= top but for rounding. The baseline's take any x. stream: see
   // correct_momentum.
   void (*round_nearest)(const float *x, int64_t n, float inverse, float top, bool stream,

@@ -26,7 +26,7 @@ float cut_from(const Input &x, int64_t n, const Sample &sample, int64_t rank, in
 
 Parts at_least(const Input &x, int64_t n, float limit, int64_t expected, int threads) {
   const Table &t = table();
-  return collect(n, threads, expected, [&](int64_t begin, int64_t end, Candidates &part) {
+  return collect_candidates(n, threads, expected, [&](int64_t begin, int64_t end, Candidates &part) {
     int64_t places[kChunk];
     float values[kChunk];
     x.each(begin, end, [&](const float *piece, int64_t at, int64_t count) {

@@ -7,7 +7,7 @@ import os
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
-INTERFACE = 7  # of csrc/kernels.h
+INTERFACE = 8  # of csrc/kernels.h
 PATH = Path(__file__).with_name("_kernels.so")
 MODES = ("auto", "0", "1")
 LEVELS = ("baseline", "avx2", "avx512")
@@ -37,6 +37,10 @@ _SIGNATURES: Signatures = {
         None,
     ),
     "ck_quantize_blocks": ([*_INPUT, c_int, c_int64, _POINTER, _POINTER, _POINTER, c_int], None),
+    "ck_quantize_buckets": (
+        [*_INPUT, c_int, c_int64, c_int, _POINTER, _POINTER, _POINTER, c_int],
+        None,
+    ),
     "ck_sum_blocks": (
         [_POINTER, c_int64, _POINTER, _POINTER, c_int, c_int, c_int64, c_int, c_int, c_int],
         None,

@@ -89,6 +89,21 @@ def quantize_blocks(
     return done or reference.quantize_blocks(x, bits, block_size, stochastic, seed)
 
 
+@kernel("CPU")
+def quantize_buckets(
+    x: Tensor, levels: int, bucket_size: int, l2: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """float32, bfloat16, float16."""
+    n = x.numel()
+    if not (flat(x) and 1 <= levels <= 127 and bucket_size >= 1):
+        return reference.quantize_buckets(x, levels, bucket_size, l2, seed)
+    codes = empty((n,), torch.int8, x.device)
+    scales = empty(((n + bucket_size - 1) // bucket_size,), torch.float32, x.device)
+    where = (DTYPES[x.dtype], n, levels, bucket_size, l2, keys(seed), codes, scales)
+    run("ck_quantize_buckets", x, *where)
+    return codes, scales
+
+
 @kernel("CPU", "CUDA")
 def write_blocks_(
     out: Tensor,

@@ -107,21 +107,50 @@ def quantize_blocks(
     """
     top = 2 ** (bits - 1) - 1
     blocks = _pad_to(x, block_size).view(-1, block_size)
+    codes, scales = _round_linear(
+        blocks, _peaks(blocks).div_(top), top, seed if stochastic else None
+    )
+    codes = codes.view(-1)[: x.numel()]
+    return (codes.view(torch.uint8) if bits == 8 else pack_nibbles(codes)), scales
+
+
+def quantize_buckets(
+    x: Tensor, levels: int, bucket_size: int, l2: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """int8 codes in [-levels, levels], rounded up or down at random, with one scale per bucket: its 2-norm
+    (or largest magnitude) over ``levels``.
+
+    Small buckets are sent as zeros, as in :func:`quantize_blocks`.
+    """
+    buckets = _pad_to(x.to(torch.promote_types(x.dtype, torch.float32)), bucket_size)
+    buckets = buckets.view(-1, bucket_size)
+    if l2:  # in float64, where no square of a float is too large or too small
+        scales = torch.linalg.vector_norm(buckets, dim=1, dtype=torch.float64)
+        scales = scales.div_(levels).to(torch.float32)
+    else:
+        scales = _peaks(buckets).div_(levels)
+    codes, scales = _round_linear(buckets, scales, levels, seed)
+    return codes.view(-1)[: x.numel()], scales
+
+
+def _peaks(blocks: Tensor) -> Tensor:
     low, high = torch.aminmax(blocks, dim=1)
-    scales = torch.maximum(high, -low).to(torch.float32).div_(top)
+    return torch.maximum(high, -low).to(torch.float32)
+
+
+def _round_linear(
+    blocks: Tensor, scales: Tensor, top: int, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    """int8 codes of rows in units of their scales, of which those below the smallest normal one, whose
+    reciprocal would be inf, are replaced by 0. Without a seed they are rounded to nearest."""
     too_small = scales < torch.finfo(torch.float32).tiny
     inverse = torch.where(too_small, 0, scales.reciprocal())
-    scales.masked_fill_(too_small, 0)
     y = blocks.to(torch.float32) * inverse.unsqueeze(1)
-    if stochastic:
-        noise = uniform_noise(y.numel(), seed, x.device).view_as(y)
-        y = y.add_(noise).floor_()
+    if seed is None:
+        y.round_()
     else:
-        y = y.round_()
-    codes = y.clamp_(-top, top).to(torch.int8).view(-1)[: x.numel()]
-    if bits == 8:
-        return codes.view(torch.uint8), scales
-    return pack_nibbles(codes), scales
+        y.add_(uniform_noise(y.numel(), seed, y.device).view_as(y)).floor_()
+    return y.clamp_(-top, top).to(torch.int8), scales.masked_fill(too_small, 0)
 
 
 def dequantize_blocks(
@@ -245,31 +274,6 @@ def accumulate_e3m0_(
 ) -> None:
     """As :func:`accumulate_blocks_`."""
     out.add_(_sum_e3m0(out, codes, scales, block_size, divisor))
-
-
-def quantize_buckets(
-    x: Tensor, levels: int, bucket_size: int, l2: bool, seed: int
-) -> tuple[Tensor, Tensor]:
-    """int8 codes in [-levels, levels], rounded up or down at random, with one scale per bucket: its 2-norm
-    (or largest magnitude) over ``levels``.
-
-    Buckets below the smallest normal scale are sent as zeros, as in ``quantize_blocks``.
-    """
-    buckets = _pad_to(x.to(torch.float32), bucket_size).view(-1, bucket_size)
-    low, high = torch.aminmax(buckets, dim=1)
-    peaks = torch.maximum(high, -low)
-    scales = peaks / levels
-    if l2:
-        # Relative to the peak: squares of the elements themselves would over- or underflow.
-        relative = buckets / torch.where(peaks > 0, peaks, torch.inf).unsqueeze(1)
-        scales = scales * torch.linalg.vector_norm(relative, dim=1)
-    scales = torch.where(scales < torch.finfo(torch.float32).tiny, 0, scales)
-    y = buckets / torch.where(scales > 0, scales, torch.inf).unsqueeze(1)
-    floor = y.floor()
-    y.sub_(floor)
-    floor += uniform_noise(y.numel(), seed, x.device).view_as(y) < y
-    codes = floor.clamp_(-levels, levels).to(torch.int8)
-    return codes.view(-1)[: x.numel()], scales
 
 
 def quantize_codebook(

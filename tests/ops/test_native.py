@@ -287,6 +287,16 @@ EXACT: dict[str, Callable[[int], Callable[[Any], Result]]] = {
         for dtype in DTYPES
     },
     **{
+        f"quantize_buckets {levels} {size} {l2} {dtype}": (
+            lambda n, s=levels, b=size, t=l2, d=dtype: (
+                lambda m: m.quantize_buckets(finite(n, d), s, b, t, 5)
+            )
+        )
+        for levels, size in ((1, 12), (7, 512), (127, 2000))
+        for l2 in (False, True)
+        for dtype in DTYPES
+    },
+    **{
         f"dequantize_blocks {bits}": lambda n, b=bits: (
             lambda m: m.dequantize_blocks(*(part[0] for part in blocks(n, b, 1)), n, b, BLOCK)
         )
@@ -539,6 +549,19 @@ def test_blocks_with_bad_values_decode_alike(bits: int, level: str) -> None:
     wanted = reference.quantize_blocks(x, bits, BLOCK, False, 0)
     assert torch.equal(got[0], wanted[0])
     assert torch.equal(got[1].nan_to_num(-1.0), wanted[1].nan_to_num(-1.0))
+
+
+@every_level
+@pytest.mark.parametrize("l2", [False, True])
+@pytest.mark.parametrize("size", [1e-38, 1.0, 1e38])
+def test_buckets_with_bad_values_decode_alike(size: float, l2: bool, level: str) -> None:
+    """Norms that are NaN or infinite, that only a scale is too small for, or too large."""
+    x = values(1000) * size
+    with running(level):
+        got = ops.quantize_buckets(x, 7, 24, l2, 3)
+    wanted = reference.quantize_buckets(x, 7, 24, l2, 3)
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1].nan_to_num(-1.0, -2.0), wanted[1].nan_to_num(-1.0, -2.0))
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
