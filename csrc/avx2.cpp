@@ -34,11 +34,6 @@ COMMKIT_TARGET inline void put(float *to, __m256 x, bool stream) {
     _mm256_storeu_ps(to, x);
 }
 
-template <int kFloats> COMMKIT_TARGET inline void fetch_far(const float *x) {
-  for (int i = 0; i < kFloats; i += 16)
-    __builtin_prefetch(x + kFetchFar + i);
-}
-
 COMMKIT_TARGET void pack_signs(const float *x, int64_t n, uint8_t *bits) {
   const int64_t whole = n - n % 8;
   for (int64_t i = 0; i < whole; i += 8)
@@ -123,7 +118,7 @@ COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bi
   const int64_t whole = n - n % 64;
   for (int64_t i = 0; i < whole; i += 64) {
     if (kAccumulate)
-      fetch_far<64>(out + i);
+      loops::fetch_far<64>(out + i);
     const __m256 minus_zero = _mm256_set1_ps(-0.0f); // what changes nothing, not even a zero's sign
     __m256 sums[8];
     for (__m256 &sum : sums)
@@ -200,7 +195,7 @@ COMMKIT_TARGET void round_nearest(const float *x, int64_t n, float inverse, floa
   const __m256i limit = _mm256_set1_epi8(static_cast<int8_t>(top));
   const int64_t whole = n - n % 32;
   for (int64_t i = 0; i < whole; i += 32) {
-    fetch_far<32>(x + i);
+    loops::fetch_far<32>(x + i);
     __m256i c[4];
     for (int j = 0; j < 4; ++j) // half to even, as loops::nearest
       c[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor));
@@ -317,7 +312,7 @@ COMMKIT_TARGET void round_randomly(const float *x, int64_t n, float inverse, flo
   __m256i index = first_eight(first + keys[0]);
   const int64_t whole = n - n % 32;
   for (int64_t i = 0; i < whole; i += 32) {
-    fetch_far<32>(x + i);
+    loops::fetch_far<32>(x + i);
     __m256i c[4];
     for (int j = 0; j < 4; ++j) {
       // The noise is an exact product, so that fusing it into the sum rounds nothing away.
@@ -544,14 +539,9 @@ COMMKIT_TARGET void widen_float16(const uint16_t *x, int64_t n, float *out) {
 }
 
 const Table kTable = {
-    "avx2",             pack_signs,         encode_signs,       compensate_and_encode,
-    sum_signs,          peak,               sum_of_squares,     round_nearest,
-    round_randomly,     round_e3m0,         pack_nibbles,       unpack_nibbles,
-    scale_codes,        scale_levels,       add,                noise,
-    ternarize,          pack_ternary,       unpack_ternary,     extremes,
-    round_to_levels,    round_to_powers,    look_up,            select,
-    lane_peaks,         correct_momentum,   correct_and_select, drain,
-    frozen_adam,        mix_rows,           widen_bfloat16,     widen_float16};
+    "avx2",
+#include "functions.inc"
+};
 
 } // namespace
 

@@ -213,8 +213,7 @@ COMMKIT_TARGET void sum_signs_as(float *out, int64_t n, const uint8_t *const *bi
   const int64_t whole = n - n % kWidth;
   for (int64_t i = 0; i < whole; i += kWidth) {
     if (kAccumulate)
-      for (int j = 0; j < kRegisters; ++j)
-        __builtin_prefetch(out + i + 16 * j + kFetchFar);
+      loops::fetch_far<kWidth>(out + i);
     for (int r = 0; r < rows; ++r)
       __builtin_prefetch(bits[r] + i / 8 + kFetchBytes);
     __m512 sums[kRegisters];

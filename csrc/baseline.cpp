@@ -60,14 +60,9 @@ void mix_rows(const float *shares, int64_t lines, const int32_t *which, int64_t 
 void widen_float16(const uint16_t *x, int64_t n, float *out) { loops::widen_float16(x, n, out); }
 
 const Table kTable = {
-    "baseline",         pack_signs,         encode_signs,       compensate_and_encode,
-    sum_signs,          peak,               sum_of_squares,     round_nearest,
-    round_randomly,     round_e3m0,         pack_nibbles,       unpack_nibbles,
-    scale_codes,        scale_levels,       add,                noise,
-    ternarize,          pack_ternary,       unpack_ternary,     extremes,
-    round_to_levels,    round_to_powers,    look_up,            select,
-    lane_peaks,         correct_momentum,   correct_and_select, drain,
-    frozen_adam,        mix_rows,           widen_bfloat16,     widen_float16};
+    "baseline",
+#include "functions.inc"
+};
 
 } // namespace
 

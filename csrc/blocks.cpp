@@ -102,7 +102,8 @@ public:
       else
         for (int64_t block = begin; block < end; block += step)
           few(block, std::min(end, block + step));
-      table_.drain();
+      if (stream_)
+        table_.drain();
     });
   }
 

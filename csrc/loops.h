@@ -29,6 +29,12 @@ COMMKIT_INLINE float float_of(uint32_t u) {
   return x;
 }
 
+// Asks for so many floats, whole lines of the cache.
+template <int64_t kFloats> COMMKIT_INLINE void fetch_far(const float *x) {
+  for (int64_t i = 0; i < kFloats; i += 16)
+    __builtin_prefetch(x + kFetchFar + i);
+}
+
 COMMKIT_INLINE uint8_t sign_byte(const float *x, int64_t n) {
   unsigned byte = 0;
   for (int64_t k = 0; k < n; ++k)
