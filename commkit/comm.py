@@ -25,8 +25,10 @@ from .types import ByteCounter, ReduceOp
 
 _SWAP_TAG = 1 << 20  # of no exchange
 _LARGE = 1 << 16  # bytes; less goes into the connection's buffer at once
+_SMALL = 1 << 18  # bytes; with less, an all-reduce takes the time of its messages one after another
 _PEER = {dist.isend: "group_dst", dist.irecv: "group_src"}
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 # torch 2.13 renamed these and warns about the old names; 2.11 knows only those.
 _all_gather_single = cast(
@@ -80,10 +82,17 @@ class DistComm:
         group: the process group. It must not be used by another thread at the same time: c10d matches
             collectives by the order in which they are issued.
         timeout_s: of the groups that :meth:`split` makes; None is the backend's default.
+        back: another gloo group of the same ranks, for what goes from a rank to one before it; see :func:`private_comm`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout_s: float | None = None,
+        back: dist.ProcessGroup | None = None,
+    ) -> None:
         self.group = group
+        self._back = group if back is None else back
         self._timeout_s = timeout_s
         self._rank = group.rank()
         self._world_size = group.size()
@@ -108,8 +117,25 @@ class DistComm:
         if self._world_size > 1:
             wire = all_reduce_wire_bytes(nbytes(x), self._world_size)
             with self._counted("all_reduce", nbytes(x), wire):
-                dist.all_reduce(x, op=_OPS[op], group=self.group)
+                if nbytes(x) < _SMALL and x.is_contiguous() and self._both_ways(x):
+                    self._all_reduce_directly(x.view(-1), op)
+                else:
+                    dist.all_reduce(x, op=_OPS[op], group=self.group)
         return x
+
+    def _all_reduce_directly(self, x: Tensor, op: ReduceOp) -> None:
+        """Each rank combines its share of all, in the order of ranks, and sends it to all: the bytes of a ring, whose
+        2 (W-1) messages one after another are two at once here. Two ranks send all they have, once."""
+        rank, world_size = self._rank, self._world_size
+        shares = [x] * world_size if world_size == 2 else list(x.tensor_split(world_size))
+        own = shares[rank]
+        rows = list(own.new_empty(world_size, own.numel()))
+        self._swap(shares, rows)
+        for row in rows[1:]:
+            _COMBINE[op](rows[0], row, out=rows[0])
+        own.copy_(rows[0])
+        if world_size > 2:
+            self._swap([own] * world_size, shares)
 
     @_collective
     def all_gather(self, x: Tensor) -> Tensor:
@@ -149,7 +175,9 @@ class DistComm:
 
     def joined(self, group: dist.ProcessGroup, label: str) -> DistComm:
         """A comm over another group that this rank is in, whose bytes are counted here too, under ``label``."""
-        other = DistComm(group, self._timeout_s)
+        return self._share_counter(DistComm(group, self._timeout_s), label)
+
+    def _share_counter(self, other: DistComm, label: str) -> DistComm:
         other._bytes, other._label = self._bytes, f"{self._label}{label}/"
         return other
 
@@ -179,21 +207,26 @@ class DistComm:
         Both ways at once. gloo's own collectives send before they tell what they are ready to receive, and where a peer
         came first, these words wait behind all that is sent: its data come after ours, in twice the time.
         """
-        receives[self._rank].copy_(sends[self._rank])
-        peers = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
+        rank = self._rank
+        if receives[rank] is not sends[rank]:
+            receives[rank].copy_(sends[rank])
+        peers = [(rank + i) % self._world_size for i in range(1, self._world_size)]
         pending = [
-            dist.irecv(receives[peer], group=self.group, group_src=peer, tag=_SWAP_TAG)
+            dist.irecv(receives[peer], group=self._way(peer, rank), group_src=peer, tag=_SWAP_TAG)
             for peer in reversed(peers)
             if receives[peer].numel()
         ]
         pending += [
-            dist.isend(sends[peer], group=self.group, group_dst=peer, tag=_SWAP_TAG)
+            dist.isend(sends[peer], group=self._way(rank, peer), group_dst=peer, tag=_SWAP_TAG)
             for peer in peers
             if sends[peer].numel()
         ]
         for work in pending:
             assert work is not None
             work.wait()
+
+    def _way(self, source: int, target: int) -> dist.ProcessGroup:
+        return self.group if source < target else self._back
 
     @_collective
     def broadcast(self, x: Tensor, src: int) -> Tensor:
@@ -277,8 +310,12 @@ class DistComm:
             # Groups live until destroy_process_group(), and each is made once: torch gives a new group over
             # the ranks of a destroyed one its name, and with it the stale addresses in the store.
             everybody = own == tuple(range(self._world_size))
-            group = self.group if everybody else new_group_like(self.group, self._timeout_s, own)
-            self._parts[label, own] = self.joined(group, label)
+            part = (
+                DistComm(self.group, self._timeout_s, self._back)
+                if everybody
+                else private_comm(self.group, self._timeout_s, own)
+            )
+            self._parts[label, own] = self._share_counter(part, label)
         return self._parts[label, own]
 
     def apart(self, label: str, backend: str | None = None) -> DistComm:
@@ -286,8 +323,7 @@ class DistComm:
         the first time; ``backend``: None is this group's."""
         key = f"apart/{label}", tuple(range(self._world_size))
         if key not in self._parts:
-            made = new_group_like(self.group, self._timeout_s, backend=backend)
-            self._parts[key] = DistComm(made, self._timeout_s)
+            self._parts[key] = private_comm(self.group, self._timeout_s, backend=backend)
         return self._parts[key]
 
     @contextmanager
@@ -334,6 +370,23 @@ def require_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     if group is None:
         raise RuntimeError("torch.distributed is not initialised; call init_process_group() first")
     return group
+
+
+def private_comm(
+    group: dist.ProcessGroup,
+    timeout_s: float | None,
+    ranks: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> DistComm:
+    """Collectives over a group of their own, as :func:`new_group_like` makes it; over gloo, over two.
+
+    gloo's thread spins while another one sends on the connection that it is to read from. On a core that both share it
+    does so until its time is up, some milliseconds, in which nothing is sent. So each way has its own connections.
+    """
+    made = new_group_like(group, timeout_s, ranks, backend)
+    two_ways = dist.get_backend(made) == "gloo" and made.size() > 1
+    back = new_group_like(group, timeout_s, ranks, backend) if two_ways else None
+    return DistComm(made, timeout_s, back)
 
 
 def new_group_like(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..aggregators import Hierarchical
-from ..comm import DistComm, new_group_like, require_group
+from ..comm import DistComm, private_comm, require_group
 from ..membership import Elastic
 from ..metrics import StepStats
 from ..optim import CommOptimizer
@@ -73,7 +73,7 @@ class StepHandle(KeepsState[Reducer]):
 
     def _private_comm_of(self, group: dist.ProcessGroup) -> Comm:
         """Collectives for reductions alone."""
-        return DistComm(new_group_like(group, self._timeout_s), self._timeout_s)
+        return private_comm(group, self._timeout_s)
 
     def _connect(self, group: dist.ProcessGroup) -> None:
         """Reduce over ``group`` from now on. Collective."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..comm import DistComm, new_group_like, require_group
+from ..comm import DistComm, private_comm, require_group
 from ..metrics import StepStats
 from ..reducer import Reducer
 from ..runtime.agreement import mark_attached, trainable_parameters, wrapped_in_ddp
@@ -58,7 +58,7 @@ class Handle:
         self.comm = DistComm(group)
         self._names = names
         self._may_skip_parameters = may_skip_parameters
-        private = DistComm(new_group_like(group, timeout_s), timeout_s)
+        private = private_comm(group, timeout_s)
         self._private_comm: Comm = CheckedComm(private) if wire_checksums else private
         like = {name: p for p, name in names.items()}  # type: ignore[no-untyped-call]
         reducer.prepare(like, self._private_comm)

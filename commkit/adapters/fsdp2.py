@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from ..comm import DistComm, new_group_like
+from ..comm import DistComm, private_comm
 from ..metrics import StepStats
 from ..optim import CommOptimizer
 from ..registry import spec
@@ -81,8 +81,8 @@ class ShardedHandle(KeepsState[ShardedState]):
             weights = (p for unit in units for p in unit.parameters.values())
             follow_first(weights, DistComm(axes.replicas))
             device = next(iter(units[0].parameters.values())).device
-            private = DistComm(new_group_like(axes.replicas, timeout_s), timeout_s)
-            beside = DistComm(new_group_like(axes.shards, timeout_s), timeout_s)
+            private = private_comm(axes.replicas, timeout_s)
+            beside = private_comm(axes.shards, timeout_s)
             self._worker = ReductionWorker(
                 Alarm(axes.everybody, f"sharded/{_attachments}"), timeout_s, device
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,12 +52,18 @@ class StagedTensors:
 
     def fresh(self, key: str, like: Tensor) -> Tensor:
         """Memory for the next tensor of ``key``: contiguous, of the shape and the work dtype of ``like``."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        return self.room(
+            key, like.shape, torch.promote_types(like.dtype, torch.float32), like.device
+        )
+
+    def room(
+        self, key: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """:meth:`fresh`, of any dtype."""
         spare = self._spare.pop(key, None)
-        wanted = like.shape, dtype, like.device
-        if spare is not None and (spare.shape, spare.dtype, spare.device) == wanted:
+        if spare is not None and (spare.shape, spare.dtype, spare.device) == (shape, dtype, device):
             return spare
-        return empty(like.shape, dtype, like.device)
+        return empty(shape, dtype, device)
 
     def stage_sum(self, key: str, change: Tensor) -> Tensor:
         """The tensor of ``key``, if there is one, and ``change``: staged, in memory of its own."""
@@ -97,7 +103,12 @@ class StagedTensors:
         self._shown.update(self._current)
         yield from self._current.items()
 
+    def kept(self) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`items`, for who looks at them until the next commit alone."""
+        yield from self._current.items()
+
     def values(self) -> Iterator[Tensor]:
+        """Of :meth:`kept`."""
         yield from self._current.values()
 
     def state_dict(self) -> StateDict:

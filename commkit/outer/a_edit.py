@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..comm import DistComm, new_group_like
+from ..comm import private_comm
 from ..reducer import Reducer
 from ..runtime.agreement import wrapped_in_ddp
 from ..types import Comm
@@ -166,7 +166,7 @@ class AEDiT(EDiT):
         if self._shards is not None or ddp is None:
             return self._shards
         timeout_s = self.options.timeout_s
-        return DistComm(new_group_like(ddp.process_group, timeout_s), timeout_s)
+        return private_comm(ddp.process_group, timeout_s)
 
     def _word_of_first(self, peers: Comm, word: bool) -> bool:
         assert self._worker is not None

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch.distributed as dist
 
-from ..comm import DistComm, new_group_like, require_group
+from ..comm import DistComm, private_comm, require_group
 from ..runtime.agreement import wrapped_in_ddp
 from ..runtime.alarm import Alarm, NoAlarm
 from ..runtime.wire_checksums import CheckedComm
@@ -62,7 +62,7 @@ def join(
     _joined += 1
     name = f"outer{_joined}"
     group = require_group(group)
-    private: Comm = DistComm(new_group_like(group, timeout_s), timeout_s)
+    private: Comm = private_comm(group, timeout_s)
     if checksums:
         private = CheckedComm(private)
     if elastic:
@@ -70,7 +70,7 @@ def join(
     if replica.shard_group is None:
         return Joined(DistComm(group), private, Alarm(group, name), shards)
     if shards is None:
-        shards = DistComm(new_group_like(replica.shard_group, timeout_s), timeout_s)
+        shards = private_comm(replica.shard_group, timeout_s)
     # A failure that one shard's group sees concerns them all.
     return Joined(DistComm(group), private, Alarm(require_group(None), name), shards)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...aggregators.health import are_finite
-from ...comm import DistComm, new_group_like, require_group
+from ...comm import DistComm, private_comm, require_group
 from ...metrics import StepStats
 from ...reducer import Reducer
 from ...runtime.agreement import unmark_attached
@@ -53,12 +53,11 @@ class EngineHandle(KeepsState[Reducer]):
         self.reducer = reducer
         self.comm = DistComm(group)
         self._engine = engine
-        self._private = DistComm(new_group_like(group, timeout_s), timeout_s)
+        self._private = private_comm(group, timeout_s)
         self._everybody: DistComm | None = None
         if self._private.world_size < dist.get_world_size():
             # Other ranks hold other parts of the model, and a step is skipped on all.
-            world = new_group_like(require_group(None), timeout_s)
-            self._everybody = DistComm(world, timeout_s)
+            self._everybody = private_comm(require_group(None), timeout_s)
         reducer.prepare(like, self._private)
         self._meter = StepMeter(self._private)
         self._undo: list[Callable[[], None]] = []
