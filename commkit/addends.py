@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from functools import cache
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -142,9 +143,19 @@ class AddsResiduals(Protocol):
         there first. It is called in the place of ``aggregate``: a subclass that changes one has to change both."""
 
 
+@cache
+def _has_fused_path(kind: type[Compressor]) -> bool:
+    return issubclass(kind, CompressesSums)
+
+
+def compresses_sums(compressor: Compressor) -> TypeGuard[CompressesSums]:
+    """Whether it has a fused path; asked for every tensor of every step, where a look at all methods takes too long."""
+    return _has_fused_path(type(compressor))
+
+
 def debt_of(compressor: Compressor, sent: Mapping[int, Payload]) -> Debt | None:
     """That of what was sent, by where its part begins; None where it has to be taken at once."""
-    if not isinstance(compressor, CompressesSums):
+    if not compresses_sums(compressor):
         return None
     means = {start: compressor.mean_sent(payload) for start, payload in sent.items()}
     known = {start: mean for start, mean in means.items() if mean is not None}

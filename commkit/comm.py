@@ -28,7 +28,11 @@ _LARGE = 1 << 16  # bytes; less goes into the connection's buffer at once
 _SMALL = 1 << 18  # bytes; with less, an all-reduce takes the time of its messages one after another
 _PEER = {dist.isend: "group_dst", dist.irecv: "group_src"}
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-_COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+_COMBINE: dict[ReduceOp, Callable[..., Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
 
 # torch 2.13 renamed these and warns about the old names; 2.11 knows only those.
 _all_gather_single = cast(

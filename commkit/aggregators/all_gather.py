@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..metrics import profiler_range
 from ..registry import register
 from ..types import Aggregated, Comm, Compressor, Payload, TensorCtx
-from .health import health, require_finite
-from .message import decode, encode, flag_of
+from .health import health, require_unmarked
+from .message import Layout
 from .outcome import Decoded, Part
 from .stateless import Stateless
 
@@ -53,9 +52,10 @@ class AllGather(Stateless):
         payloads = self._compress(xs, ctxs, made or [None] * len(xs), comm.rank)
         inputs = [] if self.compressor.shows_nonfinite else xs
         flag = health([*inputs, *(t for payload in payloads for t in payload)], ctxs[0].device)
-        rows = comm.all_gather(encode(payloads, flag))
-        require_finite([torch.stack([flag_of(row, payloads) for row in rows])])
-        gathered = [decode(row, payloads) for row in rows]
+        layout = Layout(payloads)
+        rows = comm.all_gather(layout.encode(payloads, flag))
+        require_unmarked(map(layout.mark, rows))
+        gathered = [layout.decode(row) for row in rows]
         return [
             Decoded(
                 self.compressor,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..types import Comm, Payload
-from .health import require_finite
-from .message import decode, encode, flag_of, size_of
+from .health import require_unmarked
+from .message import Layout
 from .sharding import Shard
 
 
@@ -26,6 +26,7 @@ class Exchange:
     shards: Sequence[Shard]
     comm: Comm
     _served: list[list[Shard]] = field(init=False, repr=False)
+    _layouts: list[Layout] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         served: list[list[Shard]] = [[] for _ in range(self.comm.world_size)]
@@ -48,40 +49,43 @@ class Exchange:
             NonFiniteError: on every rank, if any flag is not finite.
         """
         world_size, rank = self.comm.world_size, self.comm.rank
-        messages = [
-            encode([payloads[s] for s in self.served_by(to)], flag) for to in range(world_size)
-        ]
-        sizes = [message.numel() for message in messages]
+        own = [[payloads[s] for s in shards] for shards in self._served]
+        layouts = [Layout(payloads_of_rank) for payloads_of_rank in own]
+        self._layouts[:] = layouts
+        messages = [l.encode(to_rank, flag) for l, to_rank in zip(layouts, own, strict=True)]
+        sizes = [l.size for l in layouts]
         received = self.comm.all_to_all(torch.cat(messages), sizes, [sizes[rank]] * world_size)
-        like = [payloads[s] for s in self.served_by(rank)]
-        require_finite([torch.stack([flag_of(message, like) for message in received])])
-        return [decode(message, like) for message in received]
+        require_unmarked(map(layouts[rank].mark, received))
+        return [layouts[rank].decode(message) for message in received]
 
     def to_all(
-        self, answers: Sequence[Payload], like: Mapping[Shard, Payload], flag: Tensor
+        self,
+        answers: Sequence[Payload],
+        flag: Tensor,
+        like: Mapping[Shard, Payload] | None = None,
     ) -> dict[Shard, Payload]:
         """The owners' answers of every shard, the same bytes on every rank.
 
         Args:
             answers: of this rank's shards, in their order.
-            like: tensors of any device with the shape and dtype of every answer.
             flag: health of this rank's answers.
+            like: tensors of any device with the shape and dtype of every answer. None: they look like what was sent to
+                the owners.
 
         Raises:
             NonFiniteError: on every rank, if any flag is not finite.
         """
         world_size = self.comm.world_size
-        likes = [[like[s] for s in shards] for shards in self._served]
-        answer = encode(answers, flag)
+        layouts = self._layouts
+        if like is not None:
+            layouts = [Layout([like[s] for s in shards]) for shards in self._served]
+        answer = layouts[self.comm.rank].encode(answers, flag)
         received = self.comm.all_to_all(
-            answer.repeat(world_size), [answer.numel()] * world_size, [size_of(l) for l in likes]
+            answer.repeat(world_size), [answer.numel()] * world_size, [l.size for l in layouts]
         )
-        flags = [flag_of(r, expected) for r, expected in zip(received, likes, strict=True)]
-        require_finite([torch.stack(flags)])
+        require_unmarked(l.mark(message) for l, message in zip(layouts, received, strict=True))
         return {
             s: payload
-            for rank in range(world_size)
-            for s, payload in zip(
-                self._served[rank], decode(received[rank], likes[rank]), strict=True
-            )
+            for shards, l, message in zip(self._served, layouts, received, strict=True)
+            for s, payload in zip(shards, l.decode(message), strict=True)
         }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ..types import NonFiniteError
+
+_SMALL = 256  # elements
+_NON_FINITE = "a rank of this reduction holds inf or NaN"
 
 
 def health(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -25,8 +29,9 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
     if not floats:
         return True
     # The 2-norm is the fastest reduction on CPU; it overflows before |x| does, hence the second look.
-    norms = torch.stack([torch.linalg.vector_norm(x).float() for x in floats])
-    return bool(norms.isfinite().all()) or all(map(_is_finite, floats))
+    norms = [torch.linalg.vector_norm(x).float() for x in _joined(floats)]
+    peak = norms[0] if len(norms) == 1 else torch.stack(norms).sum()
+    return math.isfinite(peak) or all(map(_is_finite, floats))
 
 
 def require_finite(tensors: Iterable[Tensor]) -> None:
@@ -36,11 +41,30 @@ def require_finite(tensors: Iterable[Tensor]) -> None:
         NonFiniteError: there is one.
     """
     if not are_finite(tensors):
-        raise NonFiniteError("a rank of this reduction holds inf or NaN")
+        raise NonFiniteError(_NON_FINITE)
+
+
+def require_unmarked(marks: Iterable[Tensor]) -> None:
+    """Raise if any of ``marks``, 0-d uint8, is set. They are the same on every rank, so all raise or none.
+
+    Raises:
+        NonFiniteError: there is one.
+    """
+    if bool(torch.stack(list(marks)).any()):
+        raise NonFiniteError(_NON_FINITE)
 
 
 def _floats(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [x for x in tensors if x.is_floating_point() and x.numel()]
+
+
+def _joined(xs: list[Tensor]) -> list[Tensor]:
+    """The small ones of ``xs`` as one, where they can be: a call for each takes longer than what it does."""
+    small = [x for x in xs if x.numel() <= _SMALL]
+    first = small[0] if small else xs[0]
+    if len(small) < 2 or any((x.dtype, x.device) != (first.dtype, first.device) for x in small):
+        return xs
+    return [x for x in xs if x.numel() > _SMALL] + [torch.cat([x.reshape(-1) for x in small])]
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -27,8 +27,8 @@ from ..types import (
     parameter_of,
     section,
 )
-from .health import require_finite
-from .message import decode, encode, flag_of, size_of
+from .health import require_finite, require_unmarked
+from .message import Layout
 from .nodes import Nodes, Placement, check_nodes, placement
 from .residuals import Outgoing, aggregate, compensate, update_feedback
 
@@ -208,14 +208,15 @@ def _node_means(xs: Sequence[Tensor], served: Sequence[Sequence[int]], intra: Co
     if intra.world_size == 1:
         return [xs[i] for i in mine]
     healthy = torch.zeros((), device=xs[0].device)  # inf and NaN speak for themselves here
-    messages = [encode([(xs[i],) for i in of_rank], healthy) for of_rank in served]
-    like = [(xs[i],) for i in mine]
+    parts = [[(xs[i],) for i in of_rank] for of_rank in served]
+    layouts = [Layout(of_rank) for of_rank in parts]
+    messages = [l.encode(of_rank, healthy) for l, of_rank in zip(layouts, parts, strict=True)]
     received = intra.all_to_all(
         torch.cat(messages),
         [message.numel() for message in messages],
         [messages[intra.rank].numel()] * intra.world_size,
     )
-    shares = [decode(message, like) for message in received]
+    shares = [layouts[intra.rank].decode(message) for message in received]
     # Divided first, as in an all-reduce: the sum may not exist where the mean does.
     means = [part.div(intra.world_size) for (part,) in shares[0]]
     for of_rank in shares[1:]:
@@ -248,18 +249,17 @@ def _share(
     device = xs[0].device
     health = torch.full((), torch.nan if failure is not None else 0.0, device=device)
     count = torch.tensor([contributors], dtype=torch.int32, device=device)
-    answer = encode([(mean,) for mean in means] + [(count,)], health)
-    likes = [[*((xs[i],) for i in of_rank), (count,)] for of_rank in served]
+    layouts = [Layout([*((xs[i],) for i in of_rank), (count,)]) for of_rank in served]
+    answer = layouts[intra.rank].encode([(mean,) for mean in means] + [(count,)], health)
     answers = intra.all_to_all(
         answer.repeat(intra.world_size),
         [answer.numel()] * intra.world_size,
-        [size_of(like) for like in likes],
+        [layout.size for layout in layouts],
     )
-    told = zip(answers, likes, strict=True)
-    require_finite([torch.stack([flag_of(message, like) for message, like in told])])
+    require_unmarked(layout.mark(message) for layout, message in zip(layouts, answers, strict=True))
     results: dict[int, Tensor] = {}
-    for of_rank, message, like in zip(served, answers, likes, strict=True):
-        *parts, (their_count,) = decode(message, like)
+    for of_rank, message, layout in zip(served, answers, layouts, strict=True):
+        *parts, (their_count,) = layout.decode(message)
         results.update((i, part) for i, (part,) in zip(of_rank, parts, strict=True))
         contributors = min(contributors, int(their_count))
     return results, contributors

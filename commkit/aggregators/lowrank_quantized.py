@@ -187,7 +187,7 @@ class LowRankQuantized:
             }
             # ~rank: rounding must be independent of the first stage's.
             answers = [code.compress(wanted[s], s.ctx, ~rank) for s in served]
-        told = exchange.to_all(answers, payloads, health(wanted.values(), device))
+        told = exchange.to_all(answers, health(wanted.values(), device))
 
         means, sent = ([torch.empty_like(x) for x in factors] for _ in range(2))
         mean_flats = [x.view(-1) for of_group in means for x in of_group.unbind()]

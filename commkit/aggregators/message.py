@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -13,43 +14,94 @@ from ..types import Payload
 _ALIGN = 8
 
 
+class Layout:
+    """Where the tensors of payloads are in their message: all of them, widest dtype first so that each is aligned, then
+    one flag byte, then zeros up to a multiple of 8.
+
+    Args:
+        like: payloads of any device with the shape and dtype of every tensor.
+
+    Attributes:
+        size: bytes of a message.
+        flag_at: where the flag is.
+    """
+
+    __slots__ = ("_like", "_runs", "flag_at", "size")
+
+    def __init__(self, like: Sequence[Payload]) -> None:
+        places = [(i, j) for i, payload in enumerate(like) for j in range(len(payload))]
+        places.sort(key=lambda at: -like[at[0]][at[1]].element_size())
+        # Of each dtype: the places, and how many elements each has.
+        self._runs: list[tuple[torch.dtype, list[tuple[int, int]], list[int]]] = []
+        self.flag_at = 0
+        for dtype, run in groupby(places, lambda at: like[at[0]][at[1]].dtype):
+            of_dtype = list(run)
+            sizes = [like[i][j].numel() for i, j in of_dtype]
+            self._runs.append((dtype, of_dtype, sizes))
+            self.flag_at += sum(sizes) * dtype.itemsize
+        self.size = self.flag_at + 1 + -(self.flag_at + 1) % _ALIGN
+        self._like = like
+
+    def encode(self, payloads: Sequence[Payload], flag: Tensor) -> Tensor:
+        """The message, uint8; its flag is 1 when ``flag`` is not finite."""
+        parts: list[Tensor] = []
+        for dtype, places, _ in self._runs:
+            flats = [_flat(payloads[i][j]) for i, j in places]
+            if dtype != torch.uint8:
+                flats = [(flats[0] if len(flats) == 1 else torch.cat(flats)).view(torch.uint8)]
+            parts += flats
+        return torch.cat([*parts, self._tail(flag)])
+
+    def decode(self, message: Tensor) -> list[Payload]:
+        """Views into ``message`` with the shapes and dtypes of the payloads."""
+        decoded: list[list[Tensor]] = [list(payload) for payload in self._like]
+        offset = 0
+        for dtype, places, sizes in self._runs:
+            end = offset + sum(sizes) * dtype.itemsize
+            parts = message[offset:end].view(dtype).split_with_sizes(sizes)
+            for (i, j), part in zip(places, parts, strict=True):
+                like = self._like[i][j]
+                decoded[i][j] = part if like.dim() == 1 else part.view(like.shape)
+            offset = end
+        return [tuple(payload) for payload in decoded]
+
+    def flag(self, message: Tensor) -> Tensor:
+        """0-d float32: 0, or NaN when the sender of ``message`` saw inf or NaN."""
+        return torch.where(message[self.flag_at] > 0, torch.nan, 0.0)
+
+    def mark(self, message: Tensor) -> Tensor:
+        """0-d uint8: the flag itself."""
+        return message[self.flag_at]
+
+    def _tail(self, flag: Tensor) -> Tensor:
+        rest = self.size - self.flag_at
+        if flag.device.type == "cpu":
+            bad = not math.isfinite(flag)
+            return torch.tensor([bad, *[False] * (rest - 1)], dtype=torch.uint8)
+        tail = torch.zeros(rest, dtype=torch.uint8, device=flag.device)
+        tail[:1] = (~flag.isfinite()).to(torch.uint8)
+        return tail
+
+
 def encode(payloads: Sequence[Payload], flag: Tensor) -> Tensor:
-    """uint8 buffer: all tensors, widest dtype first so that each is aligned, then one flag byte (1 when
-    ``flag`` is not finite), then zeros up to a multiple of 8."""
-    parts = [payloads[i][j].reshape(-1).view(torch.uint8) for i, j in _widest_first(payloads)]
-    size = sum(part.numel() for part in parts)
-    tail = torch.zeros(1 + -(size + 1) % _ALIGN, dtype=torch.uint8, device=flag.device)
-    tail[:1] = (~flag.isfinite()).to(torch.uint8)
-    return torch.cat([*parts, tail])
+    """Their message; see :class:`Layout`."""
+    return Layout(payloads).encode(payloads, flag)
 
 
 def size_of(like: Sequence[Payload]) -> int:
     """Bytes of the message of payloads ``like``."""
-    size = sum(t.numel() * t.element_size() for payload in like for t in payload) + 1
-    return size + -size % _ALIGN
+    return Layout(like).size
 
 
 def decode(buffer: Tensor, like: Sequence[Payload]) -> list[Payload]:
     """Views into ``buffer`` with the shapes and dtypes of the payloads ``like``."""
-    decoded: list[list[Tensor]] = [list(payload) for payload in like]
-    offset = 0
-    for dtype, run in groupby(_widest_first(like), lambda at: like[at[0]][at[1]].dtype):
-        places = list(run)
-        sizes = [like[i][j].numel() for i, j in places]
-        end = offset + sum(sizes) * dtype.itemsize
-        parts = buffer[offset:end].view(dtype).split_with_sizes(sizes)
-        for (i, j), part in zip(places, parts, strict=True):
-            decoded[i][j] = part.view(like[i][j].shape)
-        offset = end
-    return [tuple(payload) for payload in decoded]
+    return Layout(like).decode(buffer)
 
 
 def flag_of(buffer: Tensor, like: Sequence[Payload]) -> Tensor:
     """0-d float32 of a received message: 0, or NaN when its sender saw inf or NaN."""
-    at = sum(t.numel() * t.element_size() for payload in like for t in payload)
-    return torch.where(buffer[at] > 0, torch.nan, 0.0)
+    return Layout(like).flag(buffer)
 
 
-def _widest_first(payloads: Sequence[Payload]) -> list[tuple[int, int]]:
-    places = [(i, j) for i, payload in enumerate(payloads) for j in range(len(payload))]
-    return sorted(places, key=lambda at: -payloads[at[0]][at[1]].element_size())
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 1 and x.is_contiguous() else x.reshape(-1)

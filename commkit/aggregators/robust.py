@@ -14,7 +14,7 @@ from ..metrics import profiler_range
 from ..registry import register
 from ..types import Aggregated, Comm, Compressor, Payload, TensorCtx
 from .health import health
-from .message import decode, encode, flag_of
+from .message import Layout
 from .robust_rules import Rule, check_num_faulty, decide
 from .stateless import Stateless
 
@@ -83,9 +83,10 @@ class Robust(Stateless):
             payloads = self.compressor.compress_each(xs, ctxs, comm.rank)
         inputs = [] if self.compressor.shows_nonfinite else xs
         flag = health([*inputs, *(t for payload in payloads for t in payload)], ctxs[0].device)
-        rows = comm.all_gather(encode(payloads, flag))
-        gathered = [decode(row, payloads) for row in rows]
-        flags = torch.stack([flag_of(row, payloads) for row in rows]).isfinite().tolist()
+        layout = Layout(payloads)
+        rows = comm.all_gather(layout.encode(payloads, flag))
+        gathered = [layout.decode(row) for row in rows]
+        flags = (torch.stack([layout.mark(row) for row in rows]) == 0).tolist()
         stacks = [
             partial(self._stack, [of_rank[i] for of_rank in gathered], ctx)
             for i, ctx in enumerate(ctxs)

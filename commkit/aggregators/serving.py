@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..addends import AddendsPart, CompressesSums, debt_of
+from ..addends import AddendsPart, compresses_sums, debt_of
 from ..feedback import ErrorFeedback, NoFeedback
 from ..metrics import profiler_range
 from ..ops import empty
@@ -43,10 +43,11 @@ def serve(
     )
     payloads = dict(zip(apart, made, strict=True))
     if parts:
-        assert isinstance(compressor, CompressesSums)
+        fused = compressor
+        assert compresses_sums(fused)
         assert isinstance(feedback, ErrorFeedback)
         with profiler_range("compress"):
-            made = compressor.compress_means(
+            made = fused.compress_means(
                 [sums[i] for i in parts],
                 [part.residual for part in parts.values()],
                 [part.sent for part in parts.values()],
@@ -86,7 +87,7 @@ def _fused_parts(
     ctxs: Sequence[TensorCtx],
 ) -> dict[int, AddendsPart]:
     """What is added, but for the means, in one pass that decodes, adds and compresses: by the number of its shard."""
-    if not (isinstance(feedback, ErrorFeedback) and isinstance(compressor, CompressesSums)):
+    if not (isinstance(feedback, ErrorFeedback) and compresses_sums(compressor)):
         return {}
     parts = {}
     for i, idle in enumerate(compressor.nothing_sent(received)):

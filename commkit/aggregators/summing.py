@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..addends import AddendsPart, CompressesSums
+from ..addends import AddendsPart, compresses_sums
 from ..types import Compressor, Payload, TensorCtx
 
 
@@ -24,7 +24,7 @@ def compress_sums(
     made = compressor.compress_each([sums[i] for i in whole], [ctxs[i] for i in whole], salt)
     payloads = dict(zip(whole, made, strict=True))
     if parts:
-        assert isinstance(compressor, CompressesSums)
+        assert compresses_sums(compressor)
         own = [i for i, _ in parts]
         made = compressor.compress_sums(
             [sums[i] for i in own],

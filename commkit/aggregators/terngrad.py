@@ -85,7 +85,7 @@ class TernGrad(Stateless):
                 for number, s in enumerate(exchange.served_by(comm.rank))
             ]
         like = {s: (_empty_sum(s.numel, world_size),) for s in shards}
-        sums = exchange.to_all(answers, like, healthy)
+        sums = exchange.to_all(answers, healthy, like)
         return [
             Aggregated(
                 partial(

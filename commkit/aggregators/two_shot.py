@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..addends import Addends, AddendsPart, CompressesSums
+from ..addends import Addends, AddendsPart, compresses_sums
 from ..feedback import NoFeedback, check_contraction
 from ..metrics import profiler_range
 from ..registry import register
@@ -76,7 +76,7 @@ class TwoShot:
 
     @property
     def adds_residuals(self) -> bool:
-        return isinstance(self.compressor, CompressesSums)
+        return compresses_sums(self.compressor)
 
     def aggregate(
         self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
@@ -105,9 +105,7 @@ class TwoShot:
             of_ranks = list(zip(*received, strict=True))
             # ~rank: rounding must be independent of the first stage's.
             combined = serve(self.server_feedback, self.compressor, of_ranks, mine, ~comm.rank)
-        means = exchange.to_all(
-            combined, payloads, health((t for p in combined for t in p), device)
-        )
+        means = exchange.to_all(combined, health((t for p in combined for t in p), device))
         return [
             Decoded(
                 self.compressor,
