@@ -20,6 +20,7 @@ from commkit.config import apply_overrides, load_yaml, validate
 from commkit.probe import Extent, Probe, Subject, measure
 from commkit.probe.table import tables
 from commkit.tables import aligned
+from launch.heap import keep_freed_memory
 from launch.loop import autocast
 from launch.optimizer import make_optimizer
 from launch.settings import TrainSettings
@@ -58,6 +59,8 @@ def main(words: Sequence[str] | None = None) -> int:
         recipe = apply_overrides(load_yaml(arguments.config), list(arguments.overrides))
         settings = validate(TrainSettings, recipe, str(arguments.config))
         device = world.device(settings.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         task = make_task(settings)
     except (ValueError, OSError) as error:
         if world.rank == 0:

@@ -31,6 +31,7 @@ from launch import asynchronous, auto, baselines, coordinated, elastic, sharding
 from launch.expectation import Expectation
 from launch.facts import facts_of
 from launch.gpt import count_parameters
+from launch.heap import keep_freed_memory
 from launch.interface import InterfaceMeter, meter_from_environment
 from launch.loop import Trainer
 from launch.optimizer import make_optimizer
@@ -127,6 +128,8 @@ def prepare(
         if world.rank == 0:
             run.lock()
         device = world.device(settings.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         task = make_task(settings)
         meter = meter_from_environment(run.path, world.rank, world.local_rank, arguments.resume)
     except (ValueError, OSError) as error:
