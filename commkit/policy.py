@@ -11,7 +11,8 @@ from .types import TensorCtx
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the Reducer compresses. Everything else is averaged densely, in one all-reduce per reduction.
+    """What the Reducer compresses. Everything else is averaged as it is, in one all-reduce per reduction; what little
+    there is beside two-shot's payloads, up to 256 KiB, travels in their messages.
 
     Args:
         start_step: steps reduced densely first. 0 is legal (state is keyed by parameter, so DDP's bucket

@@ -5,7 +5,7 @@ clip -> finite check -> compensate -> aggregate -> update. Users choose the part
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,13 @@ from .aggregators.health import are_finite, require_finite
 from .aggregators.hierarchical import Hierarchical
 from .aggregators.nodes import Nodes
 from .aggregators.outcome import means_into
-from .aggregators.residuals import Outgoing, aggregate, compensate, update_feedback
+from .aggregators.residuals import (
+    Outgoing,
+    aggregate,
+    carries_dense,
+    compensate,
+    update_feedback,
+)
 from .aggregators.stateless import Stateless
 from .clipping import clip_coefficient, mean_norm, require_norm
 from .feedback import NoFeedback, check_contraction
@@ -38,6 +44,7 @@ from .types import (
 
 _STEP = "shared/step"
 _AGGREGATOR = "aggregator"
+_CARRIED = 1 << 18  # bytes; beyond, a collective of its own costs little
 
 
 class Reducer:
@@ -196,22 +203,21 @@ class Reducer:
         ctxs = {key: self._ctx(key, x) for key, x in named.items()}
         dense = [key for key in named if key not in compressed]
         self._compressed.update(compressed)
+        along = self._to_carry(dense, named) if compressed else {}
+        if self._ok:
+            for key in self._to_release(along, ctxs, hold):
+                along[key] = self.feedback.release(named[key], key).to(named[key].dtype)
         with profiler_range("reduce"):
             try:
-                results = self._reduce_compressed(compressed, named, ctxs, comm, hold)
+                results = self._reduce_compressed(compressed, named, ctxs, comm, hold, along)
             except NonFiniteError:
                 self._ok = False
-                dense, results = list(named), {}
+                dense, results, along = list(named), {}, {}
+            alone = [key for key in dense if key not in along]
             if self._ok:
-                self._flush(
-                    [
-                        k
-                        for k in dense
-                        if k not in hold and self.policy.releases(self._whole(ctxs[k]))
-                    ],
-                    named,
-                )
-            results.update(all_reduce_dense({key: named[key] for key in dense}, comm))
+                for key in self._to_release(alone, ctxs, hold):
+                    named[key].copy_(self.feedback.release(named[key], key))
+            results.update(all_reduce_dense({key: named[key] for key in alone}, comm))
             if self._ok and self._stateful:
                 self._ok = are_finite(results[key] for key in dense)
         if dense:
@@ -304,9 +310,12 @@ class Reducer:
         ctxs: Mapping[str, TensorCtx],
         comm: Comm,
         hold: Collection[str],
+        along: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
+        """The means of ``keys``, and of ``along``, which travel uncompressed in the same messages."""
         if not keys:
             return {}
+        dense, means = _joined(along) if along else (None, {})
         with profiler_range("compensate"):
             outgoing = [
                 Outgoing(named[key].to(ctxs[key].work_dtype, copy=True))
@@ -315,7 +324,9 @@ class Reducer:
                 for key in keys
             ]
         with profiler_range("aggregate"):
-            outcomes = aggregate(self.aggregator, outgoing, [ctxs[key] for key in keys], comm)
+            outcomes = aggregate(
+                self.aggregator, outgoing, [ctxs[key] for key in keys], comm, dense
+            )
         # A mean that fits float32 may not fit the gradient's dtype: then it cannot be delivered.
         with profiler_range("deliver"):
             ready = {
@@ -336,18 +347,35 @@ class Reducer:
                 named[key].copy_(x)
             rest = [key for key in keys if key not in ready]
             means_into([by_key[key][1] for key in rest], [named[key] for key in rest])
-        return {key: named[key] for key in keys}
+        return {key: named[key] for key in keys} | means
+
+    def _to_carry(self, dense: Sequence[str], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of ``dense`` travels in the messages of what is compressed, alike on all ranks: nothing if there is much
+        of it, which an all-reduce moves as well."""
+        xs = {key: named[key] for key in dense if named[key].numel()}
+        kinds = {(x.dtype, x.device) for x in xs.values()}
+        size = sum(x.numel() * x.element_size() for x in xs.values())
+        few = len(kinds) == 1 and size <= _CARRIED
+        floats = all(x.is_floating_point() for x in xs.values())
+        return xs if few and floats and carries_dense(self.aggregator) else {}
+
+    def _to_release(
+        self, dense: Collection[str], ctxs: Mapping[str, TensorCtx], hold: Collection[str]
+    ) -> list[str]:
+        """Tensors that are no longer compressed and take their residual with them."""
+        return [
+            key
+            for key in dense
+            if key not in hold
+            and self.policy.releases(self._whole(ctxs[key]))
+            and self.feedback.holds(key)
+        ]
 
     @property
     def _stateful(self) -> bool:
         return not (
             isinstance(self.feedback, NoFeedback) and isinstance(self.aggregator, Stateless)
         )
-
-    def _flush(self, keys: Collection[str], named: Mapping[str, Tensor]) -> None:
-        """Tensors that are no longer compressed take their residual with them."""
-        for key in filter(self.feedback.holds, keys):
-            named[key].copy_(self.feedback.release(named[key], key))
 
     def _contributed(self, ranks: int) -> None:
         self._contributors = ranks if self._contributors is None else min(self._contributors, ranks)
@@ -358,14 +386,20 @@ def all_reduce_dense(named: Mapping[str, Tensor], comm: Comm) -> dict[str, Tenso
     results: dict[str, Tensor] = {}
     filled = {key: x for key, x in named.items() if x.numel()}
     for kind in dict.fromkeys((x.dtype, x.device) for x in filled.values()):
-        same = {key: x for key, x in filled.items() if (x.dtype, x.device) == kind}
-        flat = _coalesce(list(same.values()))
+        flat, parts = _joined({k: x for k, x in filled.items() if (x.dtype, x.device) == kind})
         # Divide first, as DDP does: a half-precision sum would overflow where the mean does not.
         comm.all_reduce(flat.div_(comm.world_size))
-        parts = flat.split_with_sizes([x.numel() for x in same.values()])
-        for (key, x), part in zip(same.items(), parts, strict=True):
-            results[key] = part.view(x.shape)
+        results |= parts
     return {key: results.get(key, x) for key, x in named.items()}
+
+
+def _joined(named: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """One flat tensor of all, of one dtype and device, and views of it in their shapes."""
+    flat = _coalesce(list(named.values()))
+    parts = flat.split_with_sizes([x.numel() for x in named.values()])
+    return flat, {
+        key: part.view(x.shape) for (key, x), part in zip(named.items(), parts, strict=True)
+    }
 
 
 def _coalesce(xs: list[Tensor]) -> Tensor:

@@ -21,10 +21,12 @@ class Exchange:
     Args:
         shards: all of a reduction, in the same order on every rank.
         comm: the group.
+        carried: each rank's share, 1-D, of what travels along as it is; none at all if there is nothing.
     """
 
     shards: Sequence[Shard]
     comm: Comm
+    carried: Sequence[Tensor] = ()
     _served: list[list[Shard]] = field(init=False, repr=False)
     _layouts: list[Layout] = field(default_factory=list, init=False, repr=False)
 
@@ -39,7 +41,7 @@ class Exchange:
         return self._served[rank]
 
     def to_owners(self, payloads: Mapping[Shard, Payload], flag: Tensor) -> list[list[Payload]]:
-        """What each rank sent of this rank's shards, in rank order.
+        """What each rank sent of this rank's shards, in rank order; last of it, if anything is carried, of its share.
 
         Args:
             payloads: this rank's, of every shard; sizes and dtypes are the same on every rank.
@@ -49,7 +51,7 @@ class Exchange:
             NonFiniteError: on every rank, if any flag is not finite.
         """
         world_size, rank = self.comm.world_size, self.comm.rank
-        own = [[payloads[s] for s in shards] for shards in self._served]
+        own = self._with_carried([[payloads[s] for s in shards] for shards in self._served])
         layouts = [Layout(payloads_of_rank) for payloads_of_rank in own]
         self._layouts[:] = layouts
         messages = [l.encode(to_rank, flag) for l, to_rank in zip(layouts, own, strict=True)]
@@ -64,10 +66,10 @@ class Exchange:
         flag: Tensor,
         like: Mapping[Shard, Payload] | None = None,
     ) -> dict[Shard, Payload]:
-        """The owners' answers of every shard, the same bytes on every rank.
+        """The owners' answers of every shard, the same bytes on every rank; those of what is carried are written there.
 
         Args:
-            answers: of this rank's shards, in their order.
+            answers: of this rank's shards, in their order; last, if anything is carried, of its share.
             flag: health of this rank's answers.
             like: tensors of any device with the shape and dtype of every answer. None: they look like what was sent to
                 the owners.
@@ -78,14 +80,23 @@ class Exchange:
         world_size = self.comm.world_size
         layouts = self._layouts
         if like is not None:
-            layouts = [Layout([like[s] for s in shards]) for shards in self._served]
+            likes = [[like[s] for s in shards] for shards in self._served]
+            layouts = [Layout(like_of_rank) for like_of_rank in self._with_carried(likes)]
         answer = layouts[self.comm.rank].encode(answers, flag)
         received = self.comm.all_to_all(
             answer.repeat(world_size), [answer.numel()] * world_size, [l.size for l in layouts]
         )
         require_unmarked(l.mark(message) for l, message in zip(layouts, received, strict=True))
+        decoded = [l.decode(message) for l, message in zip(layouts, received, strict=True)]
+        for share, of_rank in zip(self.carried, decoded, strict=False):
+            share.copy_(of_rank.pop()[0])
         return {
             s: payload
-            for shards, l, message in zip(self._served, layouts, received, strict=True)
-            for s, payload in zip(shards, l.decode(message), strict=True)
+            for shards, of_rank in zip(self._served, decoded, strict=True)
+            for s, payload in zip(shards, of_rank, strict=True)
         }
+
+    def _with_carried(self, of_ranks: list[list[Payload]]) -> list[list[Payload]]:
+        for share, of_rank in zip(self.carried, of_ranks, strict=False):
+            of_rank.append((share,))
+        return of_ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import ClassVar, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -52,16 +52,56 @@ def _adds(aggregator: Aggregator | None) -> TypeGuard[AddsResiduals]:
     return known and bool(getattr(aggregator, "adds_residuals", False))
 
 
+class CarriesDense(Protocol):
+    """An aggregator whose messages have room for what is not compressed, which then needs no collective of its own."""
+
+    carries_dense: ClassVar[bool]
+
+    def aggregate(
+        self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm, dense: Tensor | None
+    ) -> list[Aggregated]:
+        """Of ``dense``, 1-D floats, the mean over the ranks takes the place; if this raises, they are as they were."""
+
+    def aggregate_sums(
+        self,
+        sums: Sequence[Tensor],
+        addends: Sequence[Addends | None],
+        ctxs: Sequence[TensorCtx],
+        comm: Comm,
+        dense: Tensor | None,
+    ) -> list[Aggregated]:
+        """The same of :class:`AddsResiduals`."""
+
+
+def carries_dense(aggregator: object) -> TypeGuard[CarriesDense]:
+    """Whether it does. Of its class: what only passes on what it does not know does not."""
+    return bool(getattr(type(aggregator), "carries_dense", False))
+
+
 def aggregate(
-    aggregator: Aggregator, outgoing: Sequence[Outgoing], ctxs: Sequence[TensorCtx], comm: Comm
+    aggregator: Aggregator,
+    outgoing: Sequence[Outgoing],
+    ctxs: Sequence[TensorCtx],
+    comm: Comm,
+    dense: Tensor | None = None,
 ) -> list[Aggregated]:
-    """``aggregator.aggregate`` of what :func:`compensate` gave."""
+    """``aggregator.aggregate`` of what :func:`compensate` gave.
+
+    Args:
+        dense: see :class:`CarriesDense`, which the aggregator has to be then.
+    """
     deltas, made = [each.delta for each in outgoing], [each.payload for each in outgoing]
     if _adds(aggregator):
-        return aggregator.aggregate_sums(deltas, [each.addends for each in outgoing], ctxs, comm)
+        addends = [each.addends for each in outgoing]
+        if carries_dense(aggregator):
+            return aggregator.aggregate_sums(deltas, addends, ctxs, comm, dense)
+        return aggregator.aggregate_sums(deltas, addends, ctxs, comm)
     if any(made):
         assert isinstance(aggregator, AllGather)
         return aggregator.aggregate(deltas, ctxs, comm, made)
+    if dense is not None:
+        assert carries_dense(aggregator)
+        return aggregator.aggregate(deltas, ctxs, comm, dense)
     return aggregator.aggregate(deltas, ctxs, comm)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -31,6 +32,14 @@ from .sharding import Shard, shard_key, shards_of, spans_of
 from .summing import compress_sums
 
 
+def _mean(rows: Sequence[Tensor]) -> Tensor:
+    """Divided first, as in an all-reduce: the sum may not exist where the mean does."""
+    mean = rows[0].div(len(rows))
+    for row in rows[1:]:
+        mean.add_(row, alpha=1 / len(rows))
+    return mean
+
+
 @register("aggregator", "two_shot")
 @dataclass(slots=True)
 class TwoShot:
@@ -52,6 +61,8 @@ class TwoShot:
         TypeError: payload sizes depend on the data, or error feedback diverges on the compressor.
         ValueError: a granule below 8.
     """
+
+    carries_dense: ClassVar[bool] = True
 
     compressor: Compressor
     server_feedback: Feedback = field(default_factory=NoFeedback)
@@ -79,9 +90,13 @@ class TwoShot:
         return compresses_sums(self.compressor)
 
     def aggregate(
-        self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
+        self,
+        xs: Sequence[Tensor],
+        ctxs: Sequence[TensorCtx],
+        comm: Comm,
+        dense: Tensor | None = None,
     ) -> list[Aggregated]:
-        return self.aggregate_sums(xs, [None] * len(xs), ctxs, comm)
+        return self.aggregate_sums(xs, [None] * len(xs), ctxs, comm, dense)
 
     def aggregate_sums(
         self,
@@ -89,7 +104,9 @@ class TwoShot:
         addends: Sequence[Addends | None],
         ctxs: Sequence[TensorCtx],
         comm: Comm,
+        dense: Tensor | None = None,
     ) -> list[Aggregated]:
+        """See :class:`~commkit.addends.AddsResiduals`; ``dense``: see :class:`~.residuals.CarriesDense`."""
         self._deal_whole(comm)
         of_each = [shards_of(i, ctx, comm.world_size, self.granule) for i, ctx in enumerate(ctxs)]
         with profiler_range("compress"):
@@ -98,14 +115,19 @@ class TwoShot:
         # A pass over every gradient, where no payload tells what it would find.
         inputs = [] if self.compressor.shows_nonfinite else sums
         flag = health([*inputs, *(t for payload in payloads.values() for t in payload)], device)
-        exchange = Exchange(list(payloads), comm)
+        carried = () if dense is None else dense.tensor_split(comm.world_size)
+        exchange = Exchange(list(payloads), comm, carried)
         received = exchange.to_owners(payloads, flag)
         with profiler_range("serve"):
+            rows = [of_rank.pop()[0] for of_rank in received if carried]
             mine = [shard.ctx for shard in exchange.served_by(comm.rank)]
             of_ranks = list(zip(*received, strict=True))
             # ~rank: rounding must be independent of the first stage's.
             combined = serve(self.server_feedback, self.compressor, of_ranks, mine, ~comm.rank)
-        means = exchange.to_all(combined, health((t for p in combined for t in p), device))
+            flag = health((t for p in combined for t in p), device)
+        if carried:
+            combined.append((_mean(rows),))
+        means = exchange.to_all(combined, flag)
         return [
             Decoded(
                 self.compressor,

@@ -65,7 +65,7 @@ def declared(reducer: Reducer, named, world_size: int) -> tuple[int, int]:
     if isinstance(aggregator, TwoShot):
         shards = shards_in(compressed, world_size, aggregator.granule)
         there = world_size * sum(size(s.ctx) for s in shards)
-        return 2 * there + world_size * dense, 2 * world_size**2
+        return 2 * (there + world_size * dense), 2 * world_size**2  # what is dense goes along
     return world_size * (sum(map(size, compressed)) + dense), world_size
 
 
