@@ -28,6 +28,7 @@ from ..types import (
     section,
 )
 from .health import require_finite, require_unmarked
+from .mean import mean_of
 from .message import Layout
 from .nodes import Nodes, Placement, check_nodes, placement
 from .residuals import Outgoing, aggregate, compensate, update_feedback
@@ -217,12 +218,7 @@ def _node_means(xs: Sequence[Tensor], served: Sequence[Sequence[int]], intra: Co
         [messages[intra.rank].numel()] * intra.world_size,
     )
     shares = [layouts[intra.rank].decode(message) for message in received]
-    # Divided first, as in an all-reduce: the sum may not exist where the mean does.
-    means = [part.div(intra.world_size) for (part,) in shares[0]]
-    for of_rank in shares[1:]:
-        for mean, (part,) in zip(means, of_rank, strict=True):
-            mean.add_(part, alpha=1 / intra.world_size)
-    return means
+    return [mean_of([part for (part,) in of_ranks]) for of_ranks in zip(*shares, strict=True)]
 
 
 def _share(

@@ -26,18 +26,11 @@ from ..types import (
 )
 from .exchange import Exchange
 from .health import health
+from .mean import mean_of
 from .outcome import Decoded, Part
 from .serving import serve
 from .sharding import Shard, shard_key, shards_of, spans_of
 from .summing import compress_sums
-
-
-def _mean(rows: Sequence[Tensor]) -> Tensor:
-    """Divided first, as in an all-reduce: the sum may not exist where the mean does."""
-    mean = rows[0].div(len(rows))
-    for row in rows[1:]:
-        mean.add_(row, alpha=1 / len(rows))
-    return mean
 
 
 @register("aggregator", "two_shot")
@@ -126,7 +119,7 @@ class TwoShot:
             combined = serve(self.server_feedback, self.compressor, of_ranks, mine, ~comm.rank)
             flag = health((t for p in combined for t in p), device)
         if carried:
-            combined.append((_mean(rows),))
+            combined.append((mean_of(rows),))
         means = exchange.to_all(combined, flag)
         return [
             Decoded(
