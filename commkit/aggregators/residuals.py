@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..addends import Addends, AddsResiduals, Debt
 from ..feedback import ErrorFeedback, MomentumCorrection, NoFeedback
+from ..ops import empty
 from ..types import Aggregated, Aggregator, Comm, Compressor, Feedback, Payload, TensorCtx
 from .all_gather import AllGather
 from .outcome import Decoded, take_sent
@@ -42,7 +43,7 @@ def compensate(
     if isinstance(feedback, ErrorFeedback) and _adds(aggregator):
         addends = feedback.addends(x, ctx.key)
         if addends is not None:
-            return Outgoing(feedback.room(ctx), addends=addends)
+            return Outgoing(empty(ctx.shape, ctx.work_dtype, ctx.device), addends=addends)
     return Outgoing(feedback.compensate(x, ctx.key))
 
 

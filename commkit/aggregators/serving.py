@@ -30,7 +30,7 @@ def serve(
         ctxs: of the shards.
         salt: of the second compression.
     """
-    sums = [_room(feedback, ctx) for ctx in ctxs]
+    sums = [empty((ctx.numel,), ctx.work_dtype, ctx.device) for ctx in ctxs]
     parts = _fused_parts(feedback, compressor, received, sums, ctxs)
     apart = [i for i in range(len(ctxs)) if i not in parts]
     made = _serve_apart(
@@ -71,12 +71,6 @@ def serve(
             [ctxs[i] for i in now],
         )
     return [payloads[i] for i in range(len(ctxs))]
-
-
-def _room(feedback: Feedback, ctx: TensorCtx) -> Tensor:
-    if isinstance(feedback, ErrorFeedback):
-        return feedback.room(ctx)
-    return empty(ctx.shape, ctx.work_dtype, ctx.device)
 
 
 def _fused_parts(

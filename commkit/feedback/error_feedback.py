@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..addends import Addends, Debt
-from ..ops import two_norm
+from ..ops import empty, two_norm
 from ..registry import register
-from ..types import StateDict, TensorCtx
-from .staged import StagedTensors, recycled
+from ..types import StateDict
+from .staged import StagedTensors
 
 # Of a square. In a smaller difference the rounding errors of float32 are grown a hundredfold.
 _CANCELLED = 0.01
@@ -27,7 +27,7 @@ class ErrorFeedback:
     Without decay, the sum of everything sent plus the residual equals the sum of everything put in.
     Residuals are this rank's own, in float32 (float64 for float64 gradients): 4 bytes per compressed
     element, and another 4 between a reduction and the end of its step, so that a step that is given up
-    leaves them untouched; on a CPU, where fresh memory is slow, those are kept. Where a fused path takes what was sent on its way through the next step, it is in
+    leaves them untouched. Where a fused path takes what was sent on its way through the next step, it is in
     the residual until then, or until anybody asks for it.
 
     Args:
@@ -40,7 +40,7 @@ class ErrorFeedback:
     """
 
     decay: float = 1.0
-    _residuals: StagedTensors = field(default_factory=recycled, init=False, repr=False)
+    _residuals: StagedTensors = field(default_factory=StagedTensors, init=False, repr=False)
     _debts: dict[str, Debt] = field(default_factory=dict, init=False, repr=False)
     _staged_debts: dict[str, Debt] = field(default_factory=dict, init=False, repr=False)
 
@@ -61,15 +61,12 @@ class ErrorFeedback:
 
     def compensate(self, x: Tensor, key: str) -> Tensor:
         """``x + e`` as a fresh tensor in the work dtype."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
         residual = self._settled(x, key)
-        out = self._residuals.fresh(key, x)
+        out = empty(x.shape, dtype, x.device)
         if residual is None:
             return out.copy_(x)
         return torch.add(x, residual, alpha=self.decay, out=out)
-
-    def room(self, ctx: TensorCtx) -> Tensor:
-        """Memory for what is to be staged: contiguous, of the work dtype."""
-        return self._residuals.room(ctx.key, ctx.shape, ctx.work_dtype, ctx.device)
 
     def addends(self, x: Tensor, key: str) -> Addends | None:
         """What :meth:`compensate` adds up, not to be written to; None where a fused path must not: there is no
@@ -112,7 +109,7 @@ class ErrorFeedback:
         self._staged_debts.clear()
 
     def norm(self) -> float:
-        return math.hypot(*(self._norm_of(key, e) for key, e in self._residuals.kept()))
+        return math.hypot(*(self._norm_of(key, e) for key, e in self._residuals.items()))
 
     def state_dict(self) -> StateDict:
         state = self._residuals.state_dict()

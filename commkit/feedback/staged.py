@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -52,18 +52,12 @@ class StagedTensors:
 
     def fresh(self, key: str, like: Tensor) -> Tensor:
         """Memory for the next tensor of ``key``: contiguous, of the shape and the work dtype of ``like``."""
-        return self.room(
-            key, like.shape, torch.promote_types(like.dtype, torch.float32), like.device
-        )
-
-    def room(
-        self, key: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """:meth:`fresh`, of any dtype."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
         spare = self._spare.pop(key, None)
-        if spare is not None and (spare.shape, spare.dtype, spare.device) == (shape, dtype, device):
+        wanted = like.shape, dtype, like.device
+        if spare is not None and (spare.shape, spare.dtype, spare.device) == wanted:
             return spare
-        return empty(shape, dtype, device)
+        return empty(like.shape, dtype, like.device)
 
     def stage_sum(self, key: str, change: Tensor) -> Tensor:
         """The tensor of ``key``, if there is one, and ``change``: staged, in memory of its own."""
@@ -103,12 +97,7 @@ class StagedTensors:
         self._shown.update(self._current)
         yield from self._current.items()
 
-    def kept(self) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`items`, for who looks at them until the next commit alone."""
-        yield from self._current.items()
-
     def values(self) -> Iterator[Tensor]:
-        """Of :meth:`kept`."""
         yield from self._current.values()
 
     def state_dict(self) -> StateDict:
