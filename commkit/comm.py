@@ -133,11 +133,13 @@ class DistComm:
         rank, world_size = self._rank, self._world_size
         shares = [x] * world_size if world_size == 2 else list(x.tensor_split(world_size))
         own = shares[rank]
-        rows = list(own.new_empty(world_size, own.numel()))
+        rows = list(own.new_empty(world_size - 1, own.numel()))
+        rows.insert(rank, own)
         self._swap(shares, rows)
         for row in rows[1:]:
             _COMBINE[op](rows[0], row, out=rows[0])
-        own.copy_(rows[0])
+        if rank > 0:
+            own.copy_(rows[0])
         if world_size > 2:
             self._swap([own] * world_size, shares)
 
