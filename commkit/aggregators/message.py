@@ -83,25 +83,5 @@ class Layout:
         return tail
 
 
-def encode(payloads: Sequence[Payload], flag: Tensor) -> Tensor:
-    """Their message; see :class:`Layout`."""
-    return Layout(payloads).encode(payloads, flag)
-
-
-def size_of(like: Sequence[Payload]) -> int:
-    """Bytes of the message of payloads ``like``."""
-    return Layout(like).size
-
-
-def decode(buffer: Tensor, like: Sequence[Payload]) -> list[Payload]:
-    """Views into ``buffer`` with the shapes and dtypes of the payloads ``like``."""
-    return Layout(like).decode(buffer)
-
-
-def flag_of(buffer: Tensor, like: Sequence[Payload]) -> Tensor:
-    """0-d float32 of a received message: 0, or NaN when its sender saw inf or NaN."""
-    return Layout(like).flag(buffer)
-
-
 def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 1 and x.is_contiguous() else x.reshape(-1)

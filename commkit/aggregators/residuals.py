@@ -58,11 +58,6 @@ class CarriesDense(Protocol):
 
     carries_dense: ClassVar[bool]
 
-    def aggregate(
-        self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm, dense: Tensor | None
-    ) -> list[Aggregated]:
-        """Of ``dense``, 1-D floats, the mean over the ranks takes the place; if this raises, they are as they were."""
-
     def aggregate_sums(
         self,
         sums: Sequence[Tensor],
@@ -71,7 +66,8 @@ class CarriesDense(Protocol):
         comm: Comm,
         dense: Tensor | None,
     ) -> list[Aggregated]:
-        """The same of :class:`AddsResiduals`."""
+        """As of :class:`AddsResiduals`, without addends if there is no fused path. Of ``dense``, 1-D floats, the mean over
+        the ranks takes the place; if this raises, they are as they were."""
 
 
 def carries_dense(aggregator: object) -> TypeGuard[CarriesDense]:
@@ -92,17 +88,15 @@ def aggregate(
         dense: see :class:`CarriesDense`, which the aggregator has to be then.
     """
     deltas, made = [each.delta for each in outgoing], [each.payload for each in outgoing]
+    addends = [each.addends for each in outgoing]
+    if dense is not None:
+        assert carries_dense(aggregator)
+        return aggregator.aggregate_sums(deltas, addends, ctxs, comm, dense)
     if _adds(aggregator):
-        addends = [each.addends for each in outgoing]
-        if carries_dense(aggregator):
-            return aggregator.aggregate_sums(deltas, addends, ctxs, comm, dense)
         return aggregator.aggregate_sums(deltas, addends, ctxs, comm)
     if any(made):
         assert isinstance(aggregator, AllGather)
         return aggregator.aggregate(deltas, ctxs, comm, made)
-    if dense is not None:
-        assert carries_dense(aggregator)
-        return aggregator.aggregate(deltas, ctxs, comm, dense)
     return aggregator.aggregate(deltas, ctxs, comm)
 
 

@@ -83,13 +83,9 @@ class TwoShot:
         return compresses_sums(self.compressor)
 
     def aggregate(
-        self,
-        xs: Sequence[Tensor],
-        ctxs: Sequence[TensorCtx],
-        comm: Comm,
-        dense: Tensor | None = None,
+        self, xs: Sequence[Tensor], ctxs: Sequence[TensorCtx], comm: Comm
     ) -> list[Aggregated]:
-        return self.aggregate_sums(xs, [None] * len(xs), ctxs, comm, dense)
+        return self.aggregate_sums(xs, [None] * len(xs), ctxs, comm)
 
     def aggregate_sums(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..aggregators.health import health
-from ..aggregators.message import decode, encode, flag_of
+from ..aggregators.message import Layout
 from ..metrics import profiler_range
 from ..registry import spec
 from ..runtime.alarm import Alarm, NoAlarm
@@ -244,21 +244,22 @@ class NoLoCo(Decentralised):
         with profiler_range("compress"):
             payloads = compressor.compress_each(values, ctxs, self.peers.rank)
         flag = health([*values, *(x for payload in payloads for x in payload)], values[0].device)
-        message = encode(payloads, flag)
+        layout = Layout(payloads)
+        message = layout.encode(payloads, flag)
         arrived = self.peers.swap(message, met, met, tag_of(transfer.number, _WEIGHTS))
 
         def decoded(x: Tensor) -> Tensor:
-            got = decode(x, payloads)
+            got = layout.decode(x)
             with profiler_range("decompress"):
                 tensors = [compressor.decompress(p, ctx) for p, ctx in zip(got, ctxs, strict=True)]
             return flat(dict(zip(transfer.values, tensors, strict=True)))
 
         theirs = {}
         for peer, x in arrived.items():
-            if bool(flag_of(x, payloads).isfinite()):
-                theirs[peer] = decoded(x)
-            else:
+            if bool(layout.mark(x)):
                 self.peers.suspect(peer)
+            else:
+                theirs[peer] = decoded(x)
         return decoded(message), theirs
 
     def _confirmed(

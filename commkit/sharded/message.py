@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..aggregators.message import decode, encode, flag_of, size_of
+from ..aggregators.message import Layout
 from ..compressors import NoCompression
 from ..metrics import profiler_range
 from ..policy import Policy
@@ -33,7 +33,7 @@ class RowCodec:
     policy: Policy
     shapes: dict[str, torch.Size]
     seed: int = 0
-    _like: dict[object, list[Payload]] = field(default_factory=dict, init=False, repr=False)
+    _layouts: dict[object, Layout] = field(default_factory=dict, init=False, repr=False)
 
     def encode(
         self,
@@ -59,17 +59,17 @@ class RowCodec:
             )
         for i, payload in zip(chosen, made, strict=True):
             payloads[i] = payload
-        return encode(payloads, row.new_zeros(()) if flag is None else flag)
+        return Layout(payloads).encode(payloads, row.new_zeros(()) if flag is None else flag)
 
     def size(self, row: Tensor, segments: Sequence[Segment], chunk: int, step: int) -> int:
         """Bytes of the message of a row like ``row``."""
-        return size_of(self._payloads(row, segments, chunk, step))
+        return self._layout(row, segments, chunk, step).size
 
     def told_nonfinite(
         self, message: Tensor, row: Tensor, segments: Sequence[Segment], chunk: int, step: int
     ) -> Tensor:
         """0-d, NaN if the message's flag was not finite, else 0; ``row`` as in :meth:`size`."""
-        return flag_of(message, self._payloads(row, segments, chunk, step))
+        return self._layout(row, segments, chunk, step).flag(message)
 
     def decode_into(
         self,
@@ -88,8 +88,8 @@ class RowCodec:
         row = out if dtype in (None, out.dtype) else out.to(dtype)
         xs = pieces(row, segments, chunk)
         ctxs = [self._ctx(s, x, step) for s, x in zip(segments, xs, strict=True)]
-        like = self._payloads(row, segments, chunk, step)
-        told = [decode(message, like) for message in messages]
+        layout = self._layout(row, segments, chunk, step)
+        told = [layout.decode(message) for message in messages]
         with profiler_range("decompress"):
             for i, (x, ctx) in enumerate(zip(outs, ctxs, strict=True)):
                 payloads = [each[i] for each in told]
@@ -102,21 +102,21 @@ class RowCodec:
                 else:
                     x.copy_(self.compressor.combine(payloads, ctx))
 
-    def _payloads(
-        self, row: Tensor, segments: Sequence[Segment], chunk: int, step: int
-    ) -> list[Payload]:
-        """What the payloads of such a row look like, without their contents."""
+    def _layout(self, row: Tensor, segments: Sequence[Segment], chunk: int, step: int) -> Layout:
+        """Of the message of such a row."""
         # By what is compressed, since that may change with the step.
         xs = pieces(row, segments, chunk)
         ctxs = [self._ctx(s, x, step) for s, x in zip(segments, xs, strict=True)]
         chosen = tuple(self._compresses(s, c) for s, c in zip(segments, ctxs, strict=True))
         asked = (tuple(segments), chunk, row.dtype, chosen)
-        if asked not in self._like:
-            self._like[asked] = [
-                _shells(self.compressor.compress(torch.zeros_like(x), ctx) if yes else (x,))
-                for x, ctx, yes in zip(xs, ctxs, chosen, strict=True)
-            ]
-        return self._like[asked]
+        if asked not in self._layouts:
+            self._layouts[asked] = Layout(
+                [
+                    _shells(self.compressor.compress(torch.zeros_like(x), ctx) if yes else (x,))
+                    for x, ctx, yes in zip(xs, ctxs, chosen, strict=True)
+                ]
+            )
+        return self._layouts[asked]
 
     def _ctx(self, segment: Segment, x: Tensor, step: int) -> TensorCtx:
         return TensorCtx(segment.key, x.shape, x.dtype, x.device, step, self.seed)

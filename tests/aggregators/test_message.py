@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commkit.aggregators.message import decode, encode, flag_of
+from commkit.aggregators.message import Layout
 from commkit.types import Payload
 
 HEALTHY, SICK = torch.tensor(0.0), torch.tensor(torch.nan)
@@ -38,32 +38,32 @@ def same(first: Payload, second: Payload) -> bool:
 @settings(max_examples=200, deadline=None)
 @given(payloads, st.booleans())
 def test_round_trip(sent: list[Payload], sick: bool) -> None:
-    buffer = encode(sent, SICK if sick else HEALTHY)
+    buffer = Layout(sent).encode(sent, SICK if sick else HEALTHY)
     assert buffer.dtype == torch.uint8
     size = sum(t.numel() * t.element_size() for payload in sent for t in payload)
     assert size < buffer.numel() <= size + 8
     assert buffer.numel() % 8 == 0
-    received = decode(buffer, sent)
+    received = Layout(sent).decode(buffer)
     assert all(same(a, b) for a, b in zip(received, sent, strict=True))
-    assert bool(flag_of(buffer, sent).isnan()) == sick
+    assert bool(Layout(sent).flag(buffer).isnan()) == sick
 
 
 @settings(max_examples=50, deadline=None)
 @given(payloads)
 def test_encoding_is_deterministic(sent: list[Payload]) -> None:
     """Padding is zeros, not left-over memory."""
-    assert torch.equal(encode(sent, HEALTHY), encode(sent, HEALTHY))
+    assert torch.equal(Layout(sent).encode(sent, HEALTHY), Layout(sent).encode(sent, HEALTHY))
 
 
 def test_a_message_inside_a_larger_buffer_decodes_in_place() -> None:
     sent = [(torch.arange(3, dtype=torch.uint8), torch.tensor([1.5, 2.5], dtype=torch.float64))]
-    message = encode(sent, HEALTHY)
+    message = Layout(sent).encode(sent, HEALTHY)
     stacked = torch.stack([message, message, message])
-    (received,) = decode(stacked[1], sent)
+    (received,) = Layout(sent).decode(stacked[1])
     assert same(received, sent[0])
     assert received[1].data_ptr() % 8 == stacked.data_ptr() % 8
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_any_bad_flag_is_told(bad: float) -> None:
-    assert not flag_of(encode([], torch.tensor(bad)), []).isfinite()
+    assert not Layout([]).flag(Layout([]).encode([], torch.tensor(bad))).isfinite()
